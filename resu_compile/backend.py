@@ -1,0 +1,226 @@
+"""The ``torch.compile`` backend: passes first, then Inductor, one variant per phase.
+
+``sparsify`` uses it with masks that exist already. ``torch.compile(model, backend="resu",
+options={...})`` prunes and masks at the first compile.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import sys
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from resu_compile.config import CompileConfig, SparsityConfig, inductor_option_names, split_options
+from resu_compile.errors import ArgumentError, check_choice, check_known_keys
+from resu_compile.kernels.effective_weight import register_lowerings
+from resu_compile.passes.find_weights import find_weights
+from resu_compile.runtime.variants import Compiled, GraphVariants
+from resu_compile.state import masked_weight_of
+
+if TYPE_CHECKING:
+    from resu_compile.runtime.controller import Controller
+
+
+def resu(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """The backend registered as ``"resu"``.
+
+    Args:
+        gm: the graph that Dynamo captured.
+        example_inputs: its inputs, parameters among them.
+        mode: a ``torch.compile`` mode, passed on to Inductor.
+        options: arguments of ``sparsify`` by name, and settings of Inductor.
+
+    Returns:
+        What Dynamo calls in place of the graph.
+
+    Raises:
+        ArgumentError: an option is unknown or has a wrong value.
+    """
+    sparsity, compiling = split_options(options or {})
+    if mode is not None:
+        compiling = replace(compiling, mode=mode)
+    return compile_graph(gm, example_inputs, compiling, functools.partial(_adopt, sparsity, compiling))
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: CompileConfig,
+    adopt: Callable[[fx.GraphModule, Sequence[Any]], None] | None = None,
+) -> Compiled:
+    """Variants of ``gm``, compiled by Inductor with ``config``."""
+    register_lowerings()
+    patches = inductor_patches(config)
+
+    def inner(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
+        from torch._inductor.compile_fx import compile_fx
+
+        compiled: Compiled = compile_fx(graph, list(inputs), config_patches=dict(patches))
+        return compiled
+
+    return GraphVariants(gm, example_inputs, config, inner, adopt)
+
+
+# -- sparsify's way in -------------------------------------------------------------------------
+@functools.cache
+def backend_for(config_key: tuple[Any, ...]) -> Callable[..., Compiled]:
+    """One backend object for each set of options, so that instances of a class share graphs."""
+    threshold, mode, options = config_key
+    config = CompileConfig(threshold, mode, dict(options))
+
+    def resu_backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+        return compile_graph(gm, example_inputs, config)
+
+    return resu_backend
+
+
+def compile_in_place(
+    controller: Controller, *, fullgraph: bool = False, dynamic: bool | None = None
+) -> Any:
+    """Make the model's own call run compiled, as ``nn.Module.compile`` does; returns that call."""
+    config = controller.compile_config
+    inductor_patches(config)  # wrong options are errors here, not at the first call
+    try:
+        options = tuple(sorted(config.inductor_options.items()))
+        backend = backend_for((config.sparse_threshold, config.mode, options))
+    except TypeError:  # options that cannot be hashed get a backend of their own
+        backend = functools.partial(compile_graph, config=config)
+    model = controller.model
+    call: Callable[..., Any] = model._call_impl
+    if torch._dynamo.trace_rules.check(model.forward):
+        # Dynamo skips the code of torch.nn itself (nn.Sequential and its like) at the top of a
+        # call, but traces into it from anywhere else
+        call = _traced_call(model)
+    compiled = torch.compile(call, backend=backend, fullgraph=fullgraph, dynamic=dynamic)
+    model._compiled_call_impl = compiled
+    return compiled
+
+
+def _traced_call(model: nn.Module) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model._call_impl(*args, **kwargs)
+
+    # code of its own: Dynamo counts recompiles per code object
+    own = types.FunctionType(
+        call.__code__.replace(co_name=f"call_{type(model).__name__}"),
+        call.__globals__,
+        call.__name__,
+        call.__defaults__,
+        call.__closure__,
+    )
+    return own
+
+
+# -- torch.compile's way in --------------------------------------------------------------------
+def _adopt(
+    sparsity: SparsityConfig,
+    compiling: CompileConfig,
+    gm: fx.GraphModule,
+    args: Sequence[Any],
+) -> None:
+    """Prune and mask the model that ``args`` belong to, unless it has a controller."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    from resu_compile.runtime.controller import find_controller
+    from resu_compile.pruning import attach_controller
+
+    parameters = {i: a for i, a in enumerate(args) if isinstance(a, nn.Parameter)}
+    if not parameters or any(masked_weight_of(p) is not None for p in parameters.values()):
+        return
+    root = find_root(list(parameters.values()))
+    if root is None:
+        raise ArgumentError(
+            "backend 'resu': expected the compiled call to come from an nn.Module that holds the "
+            "weights, found none on the stack; compile the module, or call "
+            "resu_compile.sparsify(module) before compiling a function that uses it"
+        )
+    if find_controller(root) is not None:
+        return  # this graph uses none of the weights that were pruned
+    sites, _ = find_weights(gm, list(parameters))
+    multiplied = {site.index: site.op for site in sites}
+    captured = {id(p): multiplied.get(i) for i, p in parameters.items()}
+    with unset_fake_temporarily(), torch.no_grad():
+        attach_controller(root, sparsity, compiling, captured)
+
+
+def find_root(parameters: Sequence[nn.Parameter]) -> nn.Module | None:
+    """The outermost module on the call stack that holds all of ``parameters``."""
+    wanted = {id(parameter) for parameter in parameters}
+    root: nn.Module | None = None
+    frame = sys._getframe()
+    seen: set[int] = set()
+    while frame is not None:
+        for value in (frame.f_locals.get("self"), frame.f_locals.get("model")):
+            if not isinstance(value, nn.Module) or id(value) in seen:
+                continue
+            seen.add(id(value))
+            module = getattr(value, "_orig_mod", value)
+            if wanted <= {id(parameter) for parameter in module.parameters()}:
+                root = module
+        frame = frame.f_back  # type: ignore[assignment]
+    return root
+
+
+# -- Inductor ----------------------------------------------------------------------------------
+def inductor_patches(config: CompileConfig) -> dict[str, Any]:
+    """Inductor settings for ``config``: the mode's, the user's own, and the tag of our files.
+
+    Raises:
+        ArgumentError: unknown mode or setting.
+    """
+    from torch._inductor import list_mode_options
+
+    patches: dict[str, Any] = {}
+    if config.mode not in (None, "default"):
+        check_choice(config.mode, [name for name in list_mode_options() if name], name="mode")
+        patches.update(list_mode_options(config.mode))
+    check_known_keys(config.inductor_options, inductor_option_names(), what="Inductor option")
+    patches.update(config.inductor_options)
+    pass_name = "post_grad_custom_pre_pass"
+    users_pass = patches.get(pass_name) or getattr(torch._inductor.config, pass_name)
+    patches[pass_name] = _cache_tag(users_pass)
+    return patches
+
+
+@functools.cache
+def sources_digest() -> str:
+    """Digest of the files that decide what compiled code does; part of Inductor's cache key."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for folder in ("kernels", "passes"):
+        for path in sorted((root / folder).glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _cache_tag(users_pass: Any) -> Any:
+    """A pass that changes nothing; Inductor's cache key covers its ``uuid``. Runs the user's own."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class CacheTag(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            if users_pass is not None:
+                users_pass(graph)
+
+        def uuid(self) -> Any:
+            if users_pass is None:
+                return f"resu_compile {sources_digest()}"
+            if isinstance(users_pass, CustomGraphPass) and users_pass.uuid() is not None:
+                return f"resu_compile {sources_digest()} {users_pass.uuid()!r}"
+            return None  # a pass without a uuid cannot be cached
+
+    return CacheTag()

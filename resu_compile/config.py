@@ -1,0 +1,228 @@
+"""What a user may choose, as frozen dataclasses that are checked when built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from torch import Tensor
+
+from resu_compile.distributions import DISTRIBUTIONS
+from resu_compile.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    check_choice,
+    check_known_keys,
+    check_number,
+    check_sparsity,
+)
+from resu_compile.methods import Method, get_method
+
+Names = str | tuple[str, ...]
+Predicate = Callable[[str, Tensor], bool]
+
+DEFAULT_EXCLUDE: tuple[str, ...] = ("*lm_head*",)
+
+
+def _check_selector(value: Any, name: str) -> Names | Predicate | None:
+    if value is None or isinstance(value, str) or callable(value):
+        return value
+    if isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(v, str) for v in value):
+        return tuple(value)
+    raise ArgumentTypeError(
+        f"{name}: expected a name, a glob, a sequence of them, or a predicate "
+        f"(name, parameter) -> bool; got {value!r}"
+    )
+
+
+@dataclass(frozen=True)
+class SparsityConfig:
+    """Which weights are pruned, how much and by what.
+
+    Attributes:
+        sparsity: overall share of pruned weights, in [0, 1).
+        method: name of a registered method, or an object with ``score(weight, generator)``.
+        scope: ``"layer"`` ranks inside each weight; ``"global"`` over all weights with one
+            threshold.
+        distribution: how ``sparsity`` is spread with ``scope="layer"``: ``"uniform"`` or ``"erk"``.
+        targets: names, globs or a predicate of the parameters to prune; None means every matmul
+            and convolution weight.
+        exclude: names, globs or a predicate of the parameters to leave dense.
+        overrides: name or glob -> sparsity of those weights; the last match wins.
+        min_density: least share of a weight that ``scope="global"`` and ``distribution="erk"``
+            leave active, so that no layer dies. A sparsity asked for by number (uniform, or in
+            ``overrides``) is taken as it is.
+        tied: ``"skip"`` leaves a parameter that has several names dense; ``"mask_all"`` masks it
+            once, under its first name.
+        from_zeros: adopt the zeros that the weights already have; no value changes and
+            ``sparsity`` is not used.
+        seed: seed of the controller's own random generator.
+    """
+
+    sparsity: float = 0.7
+    method: str | Method = "magnitude"
+    scope: Literal["layer", "global"] = "layer"
+    distribution: Literal["uniform", "erk"] = "uniform"
+    targets: Names | Predicate | None = None
+    exclude: Names | Predicate | None = DEFAULT_EXCLUDE
+    overrides: Mapping[str, float] = field(default_factory=dict)
+    min_density: float = 0.01
+    tied: Literal["skip", "mask_all"] = "skip"
+    from_zeros: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every field; the messages name the argument."""
+        check_sparsity(self.sparsity)
+        get_method(self.method)
+        check_choice(self.scope, ("layer", "global"), name="scope")
+        check_choice(self.distribution, DISTRIBUTIONS, name="distribution")
+        check_choice(self.tied, ("skip", "mask_all"), name="tied")
+        check_number(self.min_density, name="min_density", minimum=0.0, maximum=1.0)
+        if self.scope == "global" and self.distribution != "uniform":
+            raise ArgumentError(
+                f"distribution: expected 'uniform' with scope='global' (one threshold decides "
+                f"the layers), got {self.distribution!r}"
+            )
+        object.__setattr__(self, "targets", _check_selector(self.targets, "targets"))
+        object.__setattr__(self, "exclude", _check_selector(self.exclude, "exclude"))
+        if not isinstance(self.overrides, Mapping):
+            raise ArgumentTypeError(
+                f"overrides: expected a mapping from name or glob to sparsity, "
+                f"got {self.overrides!r}"
+            )
+        for pattern, value in self.overrides.items():
+            check_sparsity(value, name=f"overrides[{pattern!r}]")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ArgumentTypeError(f"seed: expected an int, got {self.seed!r}")
+        if not isinstance(self.from_zeros, bool):
+            raise ArgumentTypeError(f"from_zeros: expected a bool, got {self.from_zeros!r}")
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """How graphs are compiled.
+
+    Attributes:
+        sparse_threshold: ``"auto"`` takes the sparse kernel where it measured faster; a number in
+            [0, 1] takes it from that sparsity on; 1.0 turns it off.
+        mode: ``torch.compile`` mode, passed on to Inductor.
+        inductor_options: Inductor settings (``torch._inductor.list_options()``), passed on.
+    """
+
+    sparse_threshold: float | Literal["auto"] = "auto"
+    mode: str | None = None
+    inductor_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check ``sparse_threshold``; Inductor's options are checked against its own list."""
+        if self.sparse_threshold != "auto":
+            check_number(
+                self.sparse_threshold,
+                name="sparse_threshold",
+                minimum=0.0,
+                maximum=1.0,
+                expected="'auto' or a number in [0, 1]",
+            )
+
+
+@dataclass(frozen=True)
+class ResurrectionConfig:
+    """How theta is trained in the RESU phase, and how the phase is committed.
+
+    Attributes:
+        lr: step size of theta; None follows the learning rate of the optimizer's own parameter
+            group at each step.
+        rule: ``"adam"`` and ``"sgd"`` give theta a step of its own; ``"optimizer"`` leaves theta
+            to the user's optimizer, which then keeps theta's state in its own.
+        init: ``"zero"``, ``"normal"`` N(0, (eps sigma_A)^2) or ``"uniform"`` on
+            [-eps sigma_A, eps sigma_A]; sigma_A is the standard deviation of the active weights.
+        eps: scale of ``init``, relative to sigma_A.
+        freeze_active: True keeps the active weights bit-exactly where they are (no gradient,
+            momentum or weight decay); False trains both.
+        betas: decay rates of the Adam rule.
+        adam_eps: term added to the denominator of the Adam rule.
+        momentum: momentum of the SGD rule, in [0, 1).
+        budget: share of the kept places that the tournament reserves for the resurrected.
+        score: ``"magnitude"`` |W|, or a callable (name, weight) -> score tensor.
+        strategy: ``"amnesty"``, ``"merge"`` or ``"reprune"``.
+
+    The defaults start from zero with an adaptive step and train the active weights along: freezing
+    them costs training time, noise at the start is what would then be resurrected, and a raw
+    gradient step barely moves theta.
+    """
+
+    lr: float | None = None
+    rule: Literal["adam", "sgd", "optimizer"] = "adam"
+    init: Literal["zero", "normal", "uniform"] = "zero"
+    eps: float = 0.1
+    freeze_active: bool = False
+    betas: tuple[float, float] = (0.9, 0.95)
+    adam_eps: float = 1e-8
+    momentum: float = 0.0
+    budget: float = 0.02
+    score: str | Callable[[str, Tensor], Tensor] = "magnitude"
+    strategy: Literal["amnesty", "merge", "reprune"] = "amnesty"
+
+    def __post_init__(self) -> None:
+        """Check every field; the messages name the argument."""
+        check_choice(self.rule, ("adam", "sgd", "optimizer"), name="rule")
+        check_choice(self.init, ("zero", "normal", "uniform"), name="init")
+        if self.lr is not None:
+            check_number(self.lr, name="lr", minimum=0.0, expected="None or a number >= 0")
+            if self.rule == "optimizer":
+                raise ArgumentError(
+                    f"lr: expected None with rule='optimizer' (the optimizer has its own), "
+                    f"got {self.lr!r}"
+                )
+        check_number(self.eps, name="eps", minimum=0.0)
+        check_number(self.adam_eps, name="adam_eps", minimum=0.0)
+        check_number(self.momentum, name="momentum", minimum=0.0, maximum=1.0)
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+            raise ArgumentError(f"betas: expected two numbers in [0, 1], got {self.betas!r}")
+        for beta in self.betas:
+            check_number(beta, name="betas", minimum=0.0, maximum=1.0)
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if not isinstance(self.freeze_active, bool):
+            raise ArgumentTypeError(f"freeze_active: expected a bool, got {self.freeze_active!r}")
+        check_commit(self.budget, self.score, self.strategy)
+
+
+def check_commit(budget: object, score: object, strategy: object) -> None:
+    """Check the three arguments of a commit."""
+    check_number(budget, name="budget", minimum=0.0, maximum=1.0)
+    check_choice(strategy, ("amnesty", "merge", "reprune"), name="strategy")
+    if not callable(score):
+        check_choice(score, ("magnitude",), name="score")
+
+
+def split_options(options: Mapping[str, Any]) -> tuple[SparsityConfig, CompileConfig]:
+    """Configs from the ``options`` of ``torch.compile(backend="resu", options=...)``.
+
+    Raises:
+        ArgumentError: for an option that neither this package nor Inductor knows; the message
+            lists those of this package.
+    """
+    own = {f.name for f in fields(SparsityConfig)}
+    inductor: dict[str, Any] = {}
+    unknown: list[str] = []
+    known_to_inductor = inductor_option_names()
+    for key, value in options.items():
+        if key in own or key in ("sparse_threshold", "mode"):
+            continue
+        if key.replace("-", "_") in known_to_inductor:
+            inductor[key.replace("-", "_")] = value
+        else:
+            unknown.append(key)
+    check_known_keys(unknown, own | {"sparse_threshold"}, what="option")
+    sparsity = SparsityConfig(**{k: v for k, v in options.items() if k in own})
+    threshold = options.get("sparse_threshold", "auto")
+    return sparsity, CompileConfig(threshold, options.get("mode"), inductor)
+
+
+def inductor_option_names() -> set[str]:
+    """The settings that Inductor accepts as ``options``."""
+    from torch._inductor import list_options
+
+    return set(list_options())

@@ -1,0 +1,93 @@
+"""Exception classes, and the ``check_*`` helpers that word them.
+
+Every message names the argument or the weight, what was expected, what came and what to do next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from difflib import get_close_matches
+from numbers import Real
+
+
+class ResuCompileError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ArgumentError(ResuCompileError, ValueError):
+    """An argument has a value that cannot be used."""
+
+
+class ArgumentTypeError(ResuCompileError, TypeError):
+    """An argument has a type that cannot be used."""
+
+
+class WeightError(ResuCompileError, ValueError):
+    """A parameter of the model cannot be pruned or used as it is."""
+
+
+class PhaseError(ResuCompileError, RuntimeError):
+    """The call does not fit the phase that the model is in."""
+
+
+class MaskChangedError(ResuCompileError, RuntimeError):
+    """A mask or the phase changed between a forward pass and its backward pass."""
+
+
+class NotSparsifiedError(ResuCompileError, LookupError):
+    """The model has no controller."""
+
+
+class ArtifactError(ResuCompileError, RuntimeError):
+    """A file is not one that ``resu_compile.export`` wrote, or it is damaged."""
+
+
+class KernelUnavailableError(ResuCompileError, RuntimeError):
+    """A kernel was called where it cannot run."""
+
+
+def check_sparsity(value: object, *, name: str = "sparsity") -> float:
+    """``value`` as a float in [0, 1), or an error that names the argument ``name``."""
+    number = check_number(value, name=name, expected="a number in [0, 1)")
+    if not 0.0 <= number < 1.0:
+        raise ArgumentError(f"{name}: expected a number in [0, 1), got {value!r}")
+    return number
+
+
+def check_number(
+    value: object,
+    *,
+    name: str,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    expected: str | None = None,
+) -> float:
+    """``value`` as a finite float in [minimum, maximum], or an error naming ``name``."""
+    wanted = expected or f"a number in [{minimum:g}, {maximum:g}]"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ArgumentTypeError(
+            f"{name}: expected {wanted}, got {value!r} of type {type(value).__name__}"
+        )
+    number = float(value)
+    if not math.isfinite(number) or not minimum <= number <= maximum:
+        raise ArgumentError(f"{name}: expected {wanted}, got {value!r}")
+    return number
+
+
+def check_choice(value: object, choices: Iterable[str], *, name: str) -> str:
+    """``value`` if it is one of ``choices``, or an error that lists them."""
+    known = sorted(choices)
+    if isinstance(value, str) and value in known:
+        return value
+    raise ArgumentError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
+
+
+def check_known_keys(keys: Iterable[str], known: Iterable[str], *, what: str) -> None:
+    """Raise an error that lists ``known`` if any of ``keys`` is not among them."""
+    names = sorted(known)
+    for key in keys:
+        if key not in names:
+            close = get_close_matches(str(key), names, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ArgumentError(f"unknown {what} {key!r}{hint}; known: {', '.join(names)}")

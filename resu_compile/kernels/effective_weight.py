@@ -1,0 +1,128 @@
+"""Effective weight of a phase: the weight itself forward, a routed gradient backward.
+
+    forward:   w_eff = w                 (theta, or 0, is stored in the pruned places of w)
+    backward:  dw = m * dw_eff           (keep_active=True, SPARSE)
+               dw = (1 - m) * dw_eff     (keep_active=False, RESU with the active set frozen)
+
+In eager mode the forward copies, because an op may not return its input. Inductor's lowering
+returns the input and costs nothing; the backward lowers to a pointwise expression that reads
+``bits[i >> 3] >> (i & 7) & 1`` and fuses with the kernel that produces the gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resu_compile.kernels.mask_bits import check_bits, unpack_mask
+
+
+# -- reference -------------------------------------------------------------------------------
+def route_gradient_reference(grad: Tensor, bits: Tensor, keep_active: bool) -> Tensor:
+    """``grad`` where the mask bit equals ``keep_active``, 0 elsewhere. ``where``: NaN * 0 is NaN."""
+    mask = unpack_mask(bits, grad.shape)
+    zero = torch.zeros((), dtype=grad.dtype, device=grad.device)
+    return torch.where(mask if keep_active else ~mask, grad, zero)
+
+
+# -- operators -------------------------------------------------------------------------------
+@torch.library.custom_op("resu_compile::route_gradient", mutates_args=())
+def route_gradient(grad: Tensor, bits: Tensor, keep_active: bool) -> Tensor:
+    """Gradient of one part of a masked weight.
+
+    Args:
+        grad: gradient of the effective weight, floating point, any shape and strides.
+        bits: uint8, packed mask of ``grad.numel()`` elements in row-major order.
+        keep_active: True keeps the gradient at the active set, False at the pruned set.
+
+    Returns:
+        Contiguous tensor of the shape and dtype of ``grad``.
+    """
+    check_bits(bits, grad.numel())
+    return route_gradient_reference(grad, bits, keep_active).contiguous()
+
+
+@route_gradient.register_fake
+def _route_gradient_fake(grad: Tensor, bits: Tensor, keep_active: bool) -> Tensor:
+    check_bits(bits, grad.numel())
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
+def _route_gradient_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, bits, ctx.keep_active = inputs
+    ctx.save_for_backward(bits)
+
+
+def _route_gradient_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (bits,) = ctx.saved_tensors
+    return torch.ops.resu_compile.route_gradient(grad, bits, ctx.keep_active), None, None
+
+
+route_gradient.register_autograd(_route_gradient_backward, setup_context=_route_gradient_setup)
+
+
+@torch.library.custom_op("resu_compile::effective_weight", mutates_args=())
+def effective_weight(weight: Tensor, bits: Tensor, keep_active: bool) -> Tensor:
+    """``weight`` forward; backward the gradient reaches one side of the mask only.
+
+    Args:
+        weight: floating point, any shape; pruned places hold 0 or theta.
+        bits: uint8, packed mask of ``weight.numel()`` elements. It is saved for backward, so a
+            mask changed in between raises autograd's version error.
+        keep_active: True routes the gradient to the active set, False to the pruned set.
+
+    Returns:
+        Tensor equal to ``weight``.
+    """
+    check_bits(bits, weight.numel())
+    return weight.clone()
+
+
+@effective_weight.register_fake
+def _effective_weight_fake(weight: Tensor, bits: Tensor, keep_active: bool) -> Tensor:
+    check_bits(bits, weight.numel())
+    return torch.empty_like(weight)
+
+
+effective_weight.register_autograd(_route_gradient_backward, setup_context=_route_gradient_setup)
+
+
+# -- Inductor lowering -----------------------------------------------------------------------
+def register_lowerings() -> None:
+    """Teach Inductor both ops. Called by the backend, so that importing stays light."""
+    import sympy
+    from torch._inductor import ir
+    from torch._inductor.lowering import lowerings, register_lowering
+    from torch._inductor.virtualized import ops
+    from torch.utils._sympy.functions import FloorDiv, ModularIndexing
+
+    if torch.ops.resu_compile.effective_weight.default in lowerings:
+        return
+
+    @register_lowering(torch.ops.resu_compile.effective_weight, type_promotion_kind=None)
+    def _lower_effective_weight(weight: Any, bits: Any, keep_active: bool) -> Any:
+        return weight
+
+    @register_lowering(torch.ops.resu_compile.route_gradient, type_promotion_kind=None)
+    def _lower_route_gradient(grad: Any, bits: Any, keep_active: bool) -> Any:
+        size = grad.get_size()
+        dtype = grad.get_dtype()
+        load_grad = grad.make_loader()
+        load_bits = bits.make_loader()
+
+        def inner(index: Any) -> Any:
+            flat = sympy.S.Zero
+            for position, extent in zip(index, size, strict=True):
+                flat = flat * extent + position
+            byte = ops.to_dtype(load_bits([FloorDiv(flat, 8)]), torch.int32)
+            shift = ops.index_expr(ModularIndexing(flat, 1, 8), torch.int32)
+            one = ops.constant(1, torch.int32)
+            bit = ops.bitwise_and(ops.bitwise_right_shift(byte, shift), one)
+            keep = ops.eq(bit, ops.constant(int(keep_active), torch.int32))
+            return ops.where(keep, load_grad(index), ops.constant(0.0, dtype))
+
+        return ir.Pointwise.create(
+            device=grad.get_device(), dtype=dtype, inner_fn=inner, ranges=size
+        )

@@ -1,0 +1,1 @@
+"""Graph passes: pure functions GraphModule -> GraphModule, one a file."""

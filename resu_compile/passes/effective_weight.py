@@ -1,0 +1,65 @@
+"""Rewrite: every masked weight -> the phase's effective weight, with its gradient routed.
+
+    def forward(x, w):                    def forward(x, w, w_bits):
+        return F.linear(x, w)     ==>         w_eff = resu_compile.effective_weight(w, w_bits, True)
+                                              return F.linear(x, w_eff)
+
+The packed mask becomes an input of the graph: a commit changes its bytes and compiles nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+
+from resu_compile.passes.base import PassReport
+from resu_compile.passes.fx_utils import append_placeholder, copy_graph_module
+from resu_compile.phase import Routing
+
+
+def route_gradients(
+    gm: fx.GraphModule, routings: Mapping[int, Routing]
+) -> tuple[fx.GraphModule, list[int], PassReport]:
+    """A copy of ``gm`` whose masked weights pass through ``effective_weight``.
+
+    Args:
+        gm: a graph as Dynamo captures it; not changed.
+        routings: position of a placeholder -> where its gradient goes.
+
+    Returns:
+        The new graph module; the positions of the weights whose packed masks it takes as further
+        inputs, in that order; the report.
+    """
+    started = time.perf_counter()
+    report = PassReport("effective_weight")
+    result = copy_graph_module(gm)
+    placeholders = result.graph.find_nodes(op="placeholder")
+    taken = []
+    for index, routing in routings.items():
+        weight = placeholders[index]
+        if routing is Routing.ALL:
+            report.skipped[weight.name] = "gradient reaches every place"
+            continue
+        if not weight.users:
+            report.skipped[weight.name] = "not used in this graph"
+            continue
+        bits = append_placeholder(result.graph, f"{weight.name}_bits")
+        users = [user for user in weight.users if user.op != "output"]
+        with result.graph.inserting_after(bits):
+            effective = result.graph.call_function(
+                torch.ops.resu_compile.effective_weight.default,
+                (weight, bits, routing.keeps_active),
+            )
+        if "example_value" in weight.meta:
+            effective.meta["example_value"] = weight.meta["example_value"]
+        for user in users:  # a returned weight stays itself: it must alias the input
+            user.replace_input_with(weight, effective)
+        taken.append(index)
+        report.rewritten[weight.name] = f"effective_weight({routing})"
+    result.graph.lint()
+    result.recompile()
+    report.elapsed_ms = (time.perf_counter() - started) * 1e3
+    return result, taken, report

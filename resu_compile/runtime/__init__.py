@@ -1,0 +1,1 @@
+"""What runs beside the model: controller, hooks, resurrection, commits, graph variants."""

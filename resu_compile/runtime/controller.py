@@ -1,0 +1,570 @@
+"""The controller of a sparsified model: phase, masks, resurrection, commits, state.
+
+It changes mask *contents* only; the compiled graphs take the masks as inputs and pick the variant
+of the current phase at call time.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resu_compile.config import (
+    CompileConfig,
+    ResurrectionConfig,
+    SparsityConfig,
+    check_commit,
+)
+from resu_compile.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    NotSparsifiedError,
+    PhaseError,
+    ResuCompileError,
+    check_known_keys,
+)
+from resu_compile.kernels.mask_bits import unpack_mask
+from resu_compile.phase import Phase, Routing
+from resu_compile.runtime import optimizer_hooks
+from resu_compile.runtime.allocation import new_masks
+from resu_compile.runtime.commit import CommitReport, amnesty_mask, compare_masks
+from resu_compile.runtime.module_hooks import AfterForward, BeforeForward, ControllerSlot
+from resu_compile.runtime.optimizer_state import same_shaped_state, zero_state
+from resu_compile.runtime.resurrection import Resurrection
+from resu_compile.selection import NamedWeight, named_weights
+from resu_compile.state import MaskedWeight
+
+STATE_VERSION = 1
+
+
+def find_controller(model: nn.Module) -> Controller | None:
+    """The controller of ``model`` (or of the module that ``torch.compile`` wrapped), or None."""
+    inner = getattr(model, "_orig_mod", model)
+    for hook in inner._forward_pre_hooks.values():
+        if isinstance(hook, BeforeForward):
+            return hook.slot.controller
+    return None
+
+
+def controller(model: nn.Module) -> Controller:
+    """The controller of a sparsified model.
+
+    Args:
+        model: what ``sparsify`` returned, or what ``torch.compile(model, backend="resu")`` returned
+            after its first call.
+
+    Raises:
+        ArgumentTypeError: ``model`` is no ``nn.Module``.
+        NotSparsifiedError: ``model`` has no controller.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    found = find_controller(model)
+    if found is None:
+        raise NotSparsifiedError(
+            f"model: expected a sparsified model, got a plain {type(model).__name__}; call "
+            "resu_compile.sparsify(model) first, or run the compiled model once if it was made "
+            "with torch.compile(backend='resu'); a submodule is reached through its root"
+        )
+    return found
+
+
+class Controller:
+    """Masks, phase and resurrection of one model.
+
+    Built by ``sparsify``; reached by ``controller(model)``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        masks: Iterable[tuple[NamedWeight, Tensor]],
+        config: SparsityConfig,
+        skipped: Mapping[str, str],
+        compile_config: CompileConfig | None = None,
+        slot: ControllerSlot | None = None,
+        phase: Phase = Phase.SPARSE,
+    ) -> None:
+        self._model = weakref.ref(model)
+        self.config = config
+        self.compile_config = compile_config or CompileConfig()
+        self.skipped = dict(skipped)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.resurrection: Resurrection | None = None
+        self.epoch = 0
+        self.structure = 0
+        self._phase = phase
+        self._weights: dict[str, MaskedWeight] = {}
+        for named, mask in masks:
+            self._weights[named.name] = MaskedWeight(
+                named.name, named.owner, named.attribute, mask, self
+            )
+        optimizer_hooks.install()
+        self._compiled_call: Any = None
+        if slot is None:
+            slot = ControllerSlot(self)
+            model.register_forward_pre_hook(BeforeForward(slot), prepend=True)
+            model.register_forward_hook(AfterForward(slot))
+        self.refresh()
+
+    # -- what it looks after -------------------------------------------------------------------
+    @property
+    def model(self) -> nn.Module:
+        """The model; an error if it is gone or was released."""
+        found = self._model()
+        if found is None:
+            raise NotSparsifiedError("controller: expected its model to be alive, it is gone")
+        return found
+
+    @property
+    def weights(self) -> Mapping[str, MaskedWeight]:
+        """Parameter name -> masked weight."""
+        return self._weights
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Parameter name -> bool mask of the weight's shape, True = active; copies."""
+        return {name: weight.mask for name, weight in self._weights.items()}
+
+    @property
+    def sparsity(self) -> float:
+        """Share of pruned entries over all masked weights, in [0, 1)."""
+        total = sum(weight.numel for weight in self._weights.values())
+        active = sum(weight.nnz for weight in self._weights.values())
+        return 1.0 - active / total if total else 0.0
+
+    @property
+    def routing(self) -> Routing:
+        """Where gradients of masked weights go now."""
+        if self._phase is Phase.DENSE:
+            return Routing.ALL
+        if self._phase is Phase.SPARSE:
+            return Routing.ACTIVE
+        assert self.resurrection is not None
+        return self.resurrection.routing
+
+    def refresh(self) -> None:
+        """Catch up with what happened to the parameters outside of optimizer steps.
+
+        In the SPARSE phase a weight written by anything else (``load_state_dict``, an average of
+        checkpoints) gets its zeros back. Costs a version check a weight.
+        """
+        sparse = self._phase is Phase.SPARSE
+        for weight in self._weights.values():
+            parameter = weight.parameter
+            weight.follow(parameter)
+            if sparse:
+                weight.enforce_zeros(parameter)
+
+    # -- phase ---------------------------------------------------------------------------------
+    @property
+    def phase(self) -> Phase:
+        """The present phase."""
+        return self._phase
+
+    def set_phase(self, phase: str | Phase) -> None:
+        """Switch the phase. Masks stay; each variant compiles the first time it runs.
+
+        ``"dense"`` trains every place and keeps the masks for later; going back to ``"sparse"``
+        applies them again, so that what the pruned places learned is zeroed. ``"resu"`` begins a
+        resurrection with the defaults of ``resurrect``.
+
+        Raises:
+            ArgumentError: unknown phase.
+            PhaseError: leaving ``"resu"``, which only ``commit()`` and ``abandon()`` do.
+        """
+        try:
+            target = Phase(phase)
+        except ValueError:
+            raise ArgumentError(
+                f"phase: expected one of dense, sparse, resu; got {phase!r}"
+            ) from None
+        if target is self._phase:
+            return
+        if self._phase is Phase.RESU:
+            raise PhaseError(
+                f"set_phase: expected phase dense or sparse before switching to {target}, but a "
+                "resurrection is running; commit() keeps the winners, abandon() drops theta"
+            )
+        if target is Phase.RESU:
+            self._begin(ResurrectionConfig())
+            return
+        self._phase = target
+        self.epoch += 1
+        if target is Phase.SPARSE:
+            self._zero_pruned()
+
+    def _zero_pruned(self) -> None:
+        """Weights and known optimizer state are 0 at the pruned places from here on."""
+        for weight in self._weights.values():
+            parameter = weight.parameter
+            weight.distrust_value()
+            weight.enforce_zeros(parameter)
+            for optimizer in optimizer_hooks.optimizers_of(weight):
+                zero_state(optimizer, parameter, weight.bits, keep=True)
+                optimizer_hooks.mark_synced(optimizer, weight)
+
+    # -- masks ---------------------------------------------------------------------------------
+    def prune(self, sparsity: float | None = None, **changes: Any) -> CommitReport:
+        """Prune again from the present values of the weights.
+
+        Args:
+            sparsity: new overall sparsity, in [0, 1); None keeps the one asked for last. A lower
+                one brings back places that hold 0.
+            **changes: other fields of ``SparsityConfig`` that decide masks: ``method``, ``scope``,
+                ``distribution``, ``overrides``, ``min_density``.
+
+        Returns:
+            What changed, per weight.
+
+        Raises:
+            PhaseError: during a resurrection.
+            ArgumentError: an argument is out of range or unknown.
+            WeightError: a weight holds NaN or infinity.
+        """
+        if self._phase is Phase.RESU:
+            raise PhaseError(
+                "prune: expected phase dense or sparse, got resu; commit() or abandon() first"
+            )
+        known = ("method", "scope", "distribution", "overrides", "min_density")
+        check_known_keys(changes, known, what="argument of prune")
+        if sparsity is not None:
+            changes["sparsity"] = sparsity
+        config = replace(self.config, **changes)
+        masks = new_masks(self._named(), config, self.generator)
+        self.config = config
+        report = self._apply(masks, "prune")
+        return report
+
+    def _named(self) -> list[NamedWeight]:
+        return [
+            NamedWeight(name, weight.owner, weight.attribute, weight.parameter)
+            for name, weight in self._weights.items()
+        ]
+
+    def _apply(self, masks: Mapping[str, Tensor], strategy: str) -> CommitReport:
+        """Change the masks' contents, weights and optimizer state; ends in SPARSE.
+
+        Newly pruned: weight and optimizer state 0. Newly active: the weight as it is, state 0.
+        Survivors: untouched.
+        """
+        rows = {}
+        counts = {name: weight.nnz for name, weight in self._weights.items()}
+        for name, weight in self._weights.items():
+            parameter = weight.parameter
+            old, new = weight.mask, masks[name].to(weight.bits.device)
+            rows[name] = compare_masks(old, new)
+            survivors = old & new
+            for optimizer in optimizer_hooks.optimizers_of(weight):
+                with torch.no_grad():
+                    for value in same_shaped_state(optimizer, parameter):
+                        value.masked_fill_(~survivors.to(value.device), 0)
+            weight.set_mask(new)
+            for optimizer in optimizer_hooks.optimizers_of(weight):
+                optimizer_hooks.mark_synced(optimizer, weight)
+        if any(self._weights[name].nnz != count for name, count in counts.items()):
+            self.structure += 1
+        self._phase = Phase.SPARSE
+        self.resurrection = None
+        self.epoch += 1
+        self.refresh()
+        return CommitReport(strategy, rows)
+
+    # -- resurrection --------------------------------------------------------------------------
+    def resurrect(self, lr: float | None = None, **options: Any) -> ResurrectionPhase:
+        """A RESU phase as a context manager; leaving the block commits.
+
+        Args:
+            lr: step size of theta; None follows the optimizer's own learning rate.
+            **options: fields of ``ResurrectionConfig``.
+
+        Returns:
+            Context manager whose ``report`` tells the commit. An exception inside the block
+            commits nothing: the phase stays ``resu`` with theta in place.
+
+        Raises:
+            PhaseError: on entering, if a resurrection runs already or the phase is dense.
+            ArgumentError: an option is out of range or unknown.
+        """
+        known = set(ResurrectionConfig.__dataclass_fields__) - {"lr"}
+        check_known_keys(options, known, what="argument of resurrect")
+        return ResurrectionPhase(self, ResurrectionConfig(lr=lr, **options))
+
+    def _begin(self, config: ResurrectionConfig) -> None:
+        if self._phase is not Phase.SPARSE:
+            raise PhaseError(
+                f"resurrect: expected phase sparse, got {self._phase}; "
+                + (
+                    "a resurrection cannot run inside another, commit() or abandon() it first"
+                    if self._phase is Phase.RESU
+                    else "set_phase('sparse') first"
+                )
+            )
+        self.refresh()
+        self.resurrection = Resurrection(config)
+        self._phase = Phase.RESU
+        self.epoch += 1
+        for weight in self._weights.values():
+            self.resurrection.init_theta(weight, weight.parameter, self.generator)
+
+    def commit(
+        self,
+        budget: float | None = None,
+        score: str | Callable[[str, Tensor], Tensor] | None = None,
+        strategy: str | None = None,
+    ) -> CommitReport:
+        """End the RESU phase: decide who is active from now on.
+
+        Args:
+            budget: share of the kept places reserved for the resurrected, in [0, 1].
+            score: ``"magnitude"``, or a callable (name, weight) -> score tensor of its shape.
+            strategy: ``"amnesty"`` keeps every weight's count and lets active compete with active
+                and resurrected with resurrected; ``"reprune"`` lets all compete by the pruning
+                method; ``"merge"`` keeps all theta, so that density grows to 1.
+
+        None takes what ``resurrect`` was given.
+
+        Returns:
+            What changed, per weight.
+
+        Raises:
+            PhaseError: no resurrection is running.
+            ArgumentError: an argument is out of range; the phase stays resu.
+            WeightError: a weight or a score holds NaN or infinity; the phase stays resu.
+        """
+        if self._phase is not Phase.RESU or self.resurrection is None:
+            raise PhaseError(
+                f"commit: expected phase resu, got {self._phase}; begin one with resurrect()"
+            )
+        config = self.resurrection.config
+        budget = config.budget if budget is None else budget
+        score = config.score if score is None else score
+        strategy = config.strategy if strategy is None else strategy
+        check_commit(budget, score, strategy)
+        if strategy == "merge":
+            masks = {name: torch.ones_like(weight.mask) for name, weight in self._weights.items()}
+        elif strategy == "reprune":
+            masks = new_masks(self._named(), self.config, self.generator)
+        else:
+            masks = self._tournament(float(budget), score)
+        return self._apply(masks, strategy)
+
+    def _tournament(
+        self, budget: float, score: str | Callable[[str, Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        masks = {}
+        for name, weight in self._weights.items():
+            value = weight.parameter.detach()
+            merit = score(name, value) if callable(score) else value.abs()
+            if not isinstance(merit, Tensor) or merit.shape != value.shape:
+                raise ArgumentError(
+                    f"score: expected a tensor of shape {tuple(value.shape)} for {name}, "
+                    f"got {tuple(merit.shape) if isinstance(merit, Tensor) else merit!r}"
+                )
+            if not bool(torch.isfinite(merit).all()):
+                raise ArgumentError(
+                    f"score: expected finite scores for {name}, got NaN or infinity; "
+                    "abandon() drops theta and keeps the masks"
+                )
+            masks[name] = amnesty_mask(
+                merit.float(), weight.mask, weight.nnz, int(budget * weight.nnz)
+            )
+        return masks
+
+    def abandon(self) -> None:
+        """End the RESU phase without a commit: theta is dropped and the zeros return.
+
+        With ``freeze_active=True`` the weights are bit-exactly those from before the phase.
+
+        Raises:
+            PhaseError: no resurrection is running.
+        """
+        if self._phase is not Phase.RESU:
+            raise PhaseError(f"abandon: expected phase resu, got {self._phase}")
+        self._phase = Phase.SPARSE
+        self.resurrection = None
+        self.epoch += 1
+        self._zero_pruned()
+
+    # -- compilation ---------------------------------------------------------------------------
+    def compile(self, *, fullgraph: bool = False, dynamic: bool | None = None) -> None:
+        """Compile the model's call in place, with one graph variant per phase.
+
+        A copied or unpickled model runs eagerly until this is called.
+
+        Args:
+            fullgraph: raise at the first graph break.
+            dynamic: as in ``torch.compile``.
+        """
+        from resu_compile.backend import compile_in_place
+
+        self._compiled_call = compile_in_place(self, fullgraph=fullgraph, dynamic=dynamic)
+
+    # -- state ---------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """Masks, phase, theta's state and random generator as plain data and tensors.
+
+        The weights, theta included, are in the model's own ``state_dict()``. Loads with
+        ``torch.load(weights_only=True)``.
+        """
+        return {
+            "version": STATE_VERSION,
+            "phase": str(self._phase),
+            "masks": {name: weight.bits.clone() for name, weight in self._weights.items()},
+            "shapes": {name: list(weight.shape) for name, weight in self._weights.items()},
+            "generator": self.generator.get_state(),
+            "resurrection": self.resurrection.state_dict() if self.resurrection else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` gave. Nothing changes if the state does not fit.
+
+        Raises:
+            ArgumentError: not such a state, another version, or other names or shapes of weights.
+        """
+        self._check_state(state)
+        structure = {name: weight.nnz for name, weight in self._weights.items()}
+        for name, weight in self._weights.items():
+            bits = state["masks"][name].to(weight.bits.device)
+            weight.set_mask(unpack_mask(bits, weight.shape))
+        if any(self._weights[name].nnz != count for name, count in structure.items()):
+            self.structure += 1
+        self.generator.set_state(state["generator"].cpu())
+        self._phase = Phase(state["phase"])
+        resurrection = state["resurrection"]
+        self.resurrection = Resurrection.from_state_dict(resurrection) if resurrection else None
+        self.epoch += 1
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        if not isinstance(state, Mapping) or "masks" not in state or "version" not in state:
+            raise ArgumentError(
+                "state: expected what controller(model).state_dict() returns, got "
+                + (f"keys {sorted(map(str, state))}" if isinstance(state, Mapping) else repr(state))
+            )
+        if state["version"] != STATE_VERSION:
+            raise ArgumentError(
+                f"state: expected version {STATE_VERSION}, got {state['version']!r}; "
+                "load it with the release that wrote it"
+            )
+        missing = sorted(set(self._weights) - set(state["masks"]))
+        unexpected = sorted(set(state["masks"]) - set(self._weights))
+        if missing or unexpected:
+            raise ArgumentError(
+                f"state: expected masks for exactly the pruned weights; missing {missing}, "
+                f"unexpected {unexpected}; sparsify with the same targets and exclude"
+            )
+        for name, weight in self._weights.items():
+            shape = tuple(state["shapes"][name])
+            if shape != tuple(weight.shape):
+                raise ArgumentError(
+                    f"state: expected shape {tuple(weight.shape)} for {name}, got {shape}"
+                )
+            expected = math.ceil(weight.numel / 8)
+            if state["masks"][name].numel() != expected:
+                raise ArgumentError(
+                    f"state: expected {expected} bytes of mask for {name}, got "
+                    f"{state['masks'][name].numel()}"
+                )
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that a copy of the model needs to rebuild this controller."""
+        return {
+            "config": self.config,
+            "compile_config": self.compile_config,
+            "skipped": dict(self.skipped),
+            "state": self.state_dict(),
+        }
+
+    @classmethod
+    def from_snapshot(
+        cls, model: nn.Module, snapshot: Mapping[str, Any], slot: ControllerSlot
+    ) -> Controller:
+        """The controller of a copied or unpickled ``model``, which already has the hooks."""
+        state = snapshot["state"]
+        named = {weight.name: weight for weight in named_weights(model)}
+        masks = []
+        for name, bits in state["masks"].items():
+            if name not in named:
+                raise ResuCompileError(
+                    f"{name}: expected the copied model to hold this masked parameter, found none"
+                )
+            masks.append((named[name], unpack_mask(bits, state["shapes"][name])))
+        made = cls(
+            model,
+            masks,
+            snapshot["config"],
+            snapshot["skipped"],
+            snapshot["compile_config"],
+            slot=slot,
+            phase=Phase(state["phase"]),  # resu: theta is in the weights and must not be zeroed
+        )
+        made.load_state_dict(state)
+        return made
+
+    def release(self) -> nn.Module:
+        """Make the model plain again: zeros stay folded in, hooks and compilation are gone.
+
+        Returns:
+            The model. This controller cannot be used afterwards.
+
+        Raises:
+            PhaseError: during a resurrection, whose theta would be lost.
+        """
+        if self._phase is Phase.RESU:
+            raise PhaseError("release: expected phase dense or sparse, got resu; commit() first")
+        self.refresh()
+        model = self.model
+        for weight in self._weights.values():
+            weight.unbind()
+        for hooks in (model._forward_pre_hooks, model._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, (BeforeForward, AfterForward)):
+                    del hooks[key]
+        if self._compiled_call is not None and model._compiled_call_impl is self._compiled_call:
+            model._compiled_call_impl = None
+        self._weights = {}
+        self._phase = Phase.DENSE
+        self.epoch += 1
+        return model
+
+
+class ResurrectionPhase(AbstractContextManager["ResurrectionPhase"]):
+    """One RESU phase as a block; ``report`` tells the commit once the block was left."""
+
+    def __init__(self, owner: Controller, config: ResurrectionConfig) -> None:
+        self._owner = owner
+        self.config = config
+        self._report: CommitReport | None = None
+
+    def __enter__(self) -> ResurrectionPhase:
+        self._owner._begin(self.config)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None and self._owner.phase is Phase.RESU:
+            self._report = self._owner.commit()
+
+    @property
+    def report(self) -> CommitReport:
+        """What the commit did.
+
+        Raises:
+            PhaseError: nothing was committed (yet).
+        """
+        if self._report is None:
+            raise PhaseError("report: expected a committed phase, but the block has not committed")
+        return self._report
+

@@ -1,0 +1,104 @@
+"""The two hooks on the model itself: weights are right before a forward, masks unchanged after it.
+
+They hold the controller, so that a copied or unpickled model brings its masks along: the copy's
+controller is built from its snapshot on first use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from resu_compile.errors import MaskChangedError
+from resu_compile.phase import Phase
+
+if TYPE_CHECKING:
+    from resu_compile.runtime.controller import Controller
+
+
+class ControllerSlot:
+    """Holds the controller of one model; copies and pickles as a snapshot of its state."""
+
+    def __init__(self, controller: Controller) -> None:
+        self._controller: Controller | None = controller
+        self._pending: dict[str, Any] | None = None
+        self._root: nn.Module | None = None
+
+    @property
+    def controller(self) -> Controller:
+        """The controller; in a copied model it is rebuilt from the snapshot now."""
+        if self._controller is None:
+            from resu_compile.runtime.controller import Controller
+
+            assert self._root is not None
+            assert self._pending is not None
+            root, self._root = self._root, None
+            pending, self._pending = self._pending, None
+            self._controller = Controller.from_snapshot(root, pending, self)
+        return self._controller
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._controller is None:
+            return {"root": self._root, "snapshot": self._pending}
+        return {"root": self._controller.model, "snapshot": self._controller.snapshot()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._controller = None
+        self._root = state["root"]
+        self._pending = state["snapshot"]
+
+
+class BeforeForward:
+    """Forward pre-hook: pruned places are 0 in the SPARSE phase, whoever wrote the weights."""
+
+    def __init__(self, slot: ControllerSlot) -> None:
+        self.slot = slot
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self.slot.controller.refresh()
+
+
+class AfterForward:
+    """Forward hook: a backward pass through another mask or phase raises."""
+
+    def __init__(self, slot: ControllerSlot) -> None:
+        self.slot = slot
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        controller = self.slot.controller
+        if controller.phase is Phase.DENSE:
+            return
+        epoch = controller.epoch
+        seen: set[int] = set()
+
+        def check(grads: Any) -> None:
+            if controller.epoch != epoch:
+                raise MaskChangedError(
+                    "backward: expected the masks and the phase of the forward pass, but they "
+                    "changed in between (prune, commit, set_phase or load_state_dict); change "
+                    "masks only between optimizer steps and run the forward pass again"
+                )
+
+        for tensor in _tensors(output):
+            node = tensor.grad_fn
+            if node is not None and id(node) not in seen:
+                seen.add(id(node))
+                node.register_prehook(check)
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _tensors(value)
