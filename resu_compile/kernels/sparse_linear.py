@@ -202,15 +202,13 @@ class LaunchConfig:
     """Tile sizes of one launch, all powers of two.
 
     Attributes:
-        block_n: rows of the weight in a program.
-        block_e: entries of each row in one step.
+        block_e: entries of a row in one step.
         block_m: rows of x in a program; a gather brings that many neighbours of x transposed.
-        num_warps: warps of a program.
+        num_warps: warps that share a row of the weight.
         vector_loads: read columns and values 8 at a time. Needs rows padded to ``ROW_MULTIPLE``,
             which 16-bit columns stand for.
     """
 
-    block_n: int
     block_e: int
     block_m: int
     num_warps: int
@@ -218,21 +216,33 @@ class LaunchConfig:
 
 
 def launch_config(rows: int, entries: int, out_features: int) -> LaunchConfig:
-    """Tiles for ``rows`` rows of x and ``entries`` stored entries: one warp for each weight row.
+    """Tiles for ``rows`` rows of x and ``entries`` stored entries: a warp, or two, for each row.
 
     A step is as long as an average row, up to 8 entries a lane (one 128-bit load of columns) and up
     to 32 accumulators a lane. With several rows of x the gather wants one entry a lane, where wide
-    loads would have to be shuffled apart again.
+    loads would have to be exchanged between lanes first. Chosen by the code that Triton 3.6 makes
+    for sm_90 in bf16 (one row: 128-bit loads, 49 registers, no shared memory; 8 rows: a 128-bit
+    gather an entry, 64 registers); ``benchmarks/bench_sparse_linear.py --tune`` times alternatives.
     """
-    block_m = min(_next_power_of_2(rows), 32)
-    row_length = _next_power_of_2(cdiv(max(entries, 1), max(out_features, 1)))
-    longest = 256 if row_length < 2048 else 512
-    block_e = max(32, min(row_length, longest, 1024 // block_m))
-    return LaunchConfig(4, block_e, block_m, 4, vector_loads=block_m == 1)
+    block_m = min(next_power_of_2(rows), 32)
+    row_length = cdiv(max(entries, 1), max(out_features, 1))
+    num_warps = 1 if row_length < 4096 else 2
+    block_e = min(next_power_of_2(row_length), 256 * num_warps, 1024 * num_warps // block_m)
+    return LaunchConfig(max(32, block_e), block_m, num_warps, vector_loads=block_m == 1)
 
 
-def _next_power_of_2(value: int) -> int:
+def next_power_of_2(value: int) -> int:
+    """Smallest power of two that is at least ``value``; 1 for what is below 1."""
     return 1 << max(value - 1, 0).bit_length()
+
+
+@jit
+def _load_entries(col_ptr, val_ptr, entry, end, NARROW: tl.constexpr):
+    """Columns as int32 and values; column 0 and value 0 past the end of the row."""
+    stored = entry < end
+    col = tl.load(col_ptr + entry, mask=stored, other=0, eviction_policy="evict_first")
+    val = tl.load(val_ptr + entry, mask=stored, other=0.0, eviction_policy="evict_first")
+    return col.to(tl.int32) & 0xFFFF if NARROW else col, val
 
 
 @jit
@@ -247,62 +257,51 @@ def _sparse_linear_kernel(
     N,
     K,
     tiles_m,
-    HAS_BIAS: "tl.constexpr",
-    NARROW: "tl.constexpr",
-    VECTOR: "tl.constexpr",
-    BLOCK_N: "tl.constexpr",
-    BLOCK_E: "tl.constexpr",
-    BLOCK_M: "tl.constexpr",
+    HAS_BIAS: tl.constexpr,
+    NARROW: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
-    # tiles of x are the fast axis: the entries of a row are read again while they are in L2
+    # One row of the weight in a program: on two dimensions Triton 3.6 gives the gather another
+    # layout than the entries and sends every step through shared memory and a barrier.
+    # Tiles of x are the fast axis: the entries of a row are read again while they are in L2.
     pid = tl.program_id(0)
-    tile_m = pid % tiles_m
-    rows = (pid // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = rows < N
-    begin = tl.load(ptr_ptr + rows, mask=inside, other=0)
-    end = tl.load(ptr_ptr + rows + 1, mask=inside, other=0)
+    tile_m = (pid % tiles_m).to(tl.int64)
+    row = pid // tiles_m
+    begin = tl.load(ptr_ptr + row)
+    end = tl.load(ptr_ptr + row + 1)
     if VECTOR:  # they are multiples of 8 already; saying so lets the compiler use 128-bit loads
         begin = begin // 8 * 8
         end = end // 8 * 8
-    steps = tl.max(end - begin, 0)
-    lanes = tl.arange(0, BLOCK_E)
     element = x_ptr.dtype.element_ty
+    entry = begin + tl.arange(0, BLOCK_E)
+    m = tl.arange(0, BLOCK_M)
+    # x is (tiles_m, K, BLOCK_M): int64 for the tile, int32 inside it
+    x_ptr += tile_m * K * BLOCK_M
     if BLOCK_M == 1:
-        x_ptr += tile_m.to(tl.int64) * K
-        acc = tl.zeros((BLOCK_N, BLOCK_E), dtype=tl.float32)
-        for step in range(0, steps, BLOCK_E):
-            entry = begin[:, None] + step + lanes[None, :]
-            stored = entry < end[:, None]
-            col = tl.load(col_ptr + entry, mask=stored, other=0, eviction_policy="evict_first")
-            val = tl.load(val_ptr + entry, mask=stored, other=0.0, eviction_policy="evict_first")
-            col = col.to(tl.int32) & 0xFFFF if NARROW else col
-            x = tl.load(x_ptr + col)
-            acc += val.to(element).to(tl.float32) * x.to(tl.float32)
-        y = tl.sum(acc, 1)
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + rows, mask=inside, other=0.0)
-            y += bias.to(element).to(tl.float32)
-        tl.store(y_ptr + tile_m.to(tl.int64) * N + rows, y.to(element), mask=inside)
+        acc = tl.zeros((BLOCK_E,), dtype=tl.float32)
     else:
-        # x is (tiles_m, K, BLOCK_M): int64 for the tile, int32 inside it
-        x_ptr += tile_m.to(tl.int64) * K * BLOCK_M
-        m = tl.arange(0, BLOCK_M)
-        acc = tl.zeros((BLOCK_N, BLOCK_E, BLOCK_M), dtype=tl.float32)
-        for step in range(0, steps, BLOCK_E):
-            entry = begin[:, None] + step + lanes[None, :]
-            stored = entry < end[:, None]
-            col = tl.load(col_ptr + entry, mask=stored, other=0, eviction_policy="evict_first")
-            val = tl.load(val_ptr + entry, mask=stored, other=0.0, eviction_policy="evict_first")
-            col = col.to(tl.int32) & 0xFFFF if NARROW else col
-            x = tl.load(x_ptr + (col * BLOCK_M)[:, :, None] + m[None, None, :])
-            acc += val.to(element).to(tl.float32)[:, :, None] * x.to(tl.float32)
-        y = tl.sum(acc, 1)  # (BLOCK_N, BLOCK_M)
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + rows, mask=inside, other=0.0)
-            y += bias.to(element).to(tl.float32)[:, None]
-        m = tile_m.to(tl.int64) * BLOCK_M + m
-        store = inside[:, None] & (m < M)[None, :]
-        tl.store(y_ptr + m[None, :] * N + rows[:, None], y.to(element), mask=store)
+        acc = tl.zeros((BLOCK_E, BLOCK_M), dtype=tl.float32)
+    # the next entries are on their way from memory while x is gathered for these
+    col, val = _load_entries(col_ptr, val_ptr, entry, end, NARROW)
+    for step in range(BLOCK_E, end - begin + BLOCK_E, BLOCK_E):
+        next_col, next_val = _load_entries(col_ptr, val_ptr, entry + step, end, NARROW)
+        weight = val.to(element).to(tl.float32)
+        if BLOCK_M == 1:
+            acc += weight * tl.load(x_ptr + col).to(tl.float32)
+        else:
+            x = tl.load(x_ptr + (col * BLOCK_M)[:, None] + m[None, :])
+            acc += weight[:, None] * x.to(tl.float32)
+        col, val = next_col, next_val
+    y = tl.sum(acc, 0)  # (BLOCK_M,), or a scalar for one row of x
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + row).to(element).to(tl.float32)
+    if BLOCK_M == 1:
+        tl.store(y_ptr + tile_m * N + row, y.to(element))
+    else:
+        m = tile_m * BLOCK_M + m
+        tl.store(y_ptr + m * N + row, y.to(element), mask=m < M)
 
 
 def sparse_linear_triton(
@@ -336,7 +335,7 @@ def sparse_linear_triton(
         x = F.pad(x, (0, 0, 0, tiles_m * config.block_m - rows))
         x = x.view(tiles_m, config.block_m, in_features).transpose(1, 2)  # (tiles_m, K, BLOCK_M)
     x = x.contiguous()
-    grid = (tiles_m * cdiv(out_features, config.block_n),)
+    grid = (tiles_m * out_features,)
     _sparse_linear_kernel[grid](
         x,
         ptr,
@@ -351,7 +350,6 @@ def sparse_linear_triton(
         HAS_BIAS=bias is not None,
         NARROW=narrow,
         VECTOR=narrow and config.vector_loads,
-        BLOCK_N=config.block_n,
         BLOCK_E=config.block_e,
         BLOCK_M=config.block_m,
         num_warps=config.num_warps,

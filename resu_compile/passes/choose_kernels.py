@@ -82,8 +82,9 @@ def choose_kernels(
     """
     start = time.perf_counter()
     report = PassReport("choose_kernels")
-    used: set[str] = set()
     seen: set[str] = set()
+    released: list[fx.Node] = []
+    _drop_rows(gm)
     for node in list(gm.graph.nodes):
         site = _linear_site(node)
         if site is None or site.read.target not in sparsities:
@@ -93,16 +94,21 @@ def choose_kernels(
         weight = gm.get_parameter(name).detach()
         weight = weight.t() if site.transposed else weight  # (out, in)
         buckets = _sparse_buckets(weight, sparsities[name], device, site.rows, threshold)
+        before = site.node.all_input_nodes
         if buckets:
-            used.add(site.csr_name)
             _make_sparse(gm, site, weight, buckets)
             report.rewritten[name] = f"sparse_linear in batch buckets {buckets:#b} on {device}"
         else:
             _make_dense(gm, site)
-            report.skipped[name] = f"dense: no batch size where sparse is taken on {device}"
+            report.skipped[name] = (
+                "dense: threshold is 1.0"
+                if threshold == 1.0
+                else f"dense: no batch size where sparse is taken on {device}"
+            )
+        released += before
     for name in sorted(sparsities.keys() - seen):
         report.skipped[name] = "dense: not used by a plain matmul"
-    _drop_unused(gm, used)
+    _erase_unused(gm.graph, released)
     gm.graph.lint()
     gm.recompile()
     report.elapsed_ms = (time.perf_counter() - start) * 1e3
@@ -120,7 +126,7 @@ def _linear_site(node: fx.Node) -> _Site | None:
         return _site(node, args[0], args[1], False, bias)
     if node.target in (_aten.mm.default, _aten.matmul.default):
         return _site(node, args[0], args[1], True, None)
-    if node.target is _aten.addmm.default and not node.kwargs and _dim(args[0]) == 1:
+    if node.target is _aten.addmm.default and not node.kwargs and _is_bias(args[0], node):
         return _site(node, args[1], args[2], True, args[0])
     if _is_sparse(node):
         return _site(node, args[0], args[1], False, args[5])
@@ -140,7 +146,7 @@ def _site(node: fx.Node, x: object, weight: object, transposed: bool, bias: obje
         weight, transposed = weight.args[0], not transposed
     if not isinstance(weight, fx.Node) or weight.op != "get_attr" or _dim(weight) != 2:
         return None
-    if not isinstance(x, fx.Node) or _dim(x) < 2 or x is weight:
+    if not isinstance(x, fx.Node) or _dim(x) < 1:
         return None
     return _Site(node, x, weight, transposed, bias if isinstance(bias, fx.Node) else None)
 
@@ -152,6 +158,11 @@ def _swaps(node: fx.Node) -> bool:
     if node.target is _aten.permute.default:
         return [int(d) % 2 for d in node.args[1]] == [1, 0]  # type: ignore[arg-type, union-attr]
     return True
+
+
+def _is_bias(bias: object, node: fx.Node) -> bool:
+    """Whether ``bias`` is a vector as long as a row of what ``node`` gives."""
+    return _dim(bias) == 1 and bias.meta["val"].shape[0] == node.meta["val"].shape[-1]  # type: ignore[attr-defined]
 
 
 def _dim(node: object) -> int:
@@ -212,14 +223,26 @@ def _make_dense(gm: fx.GraphModule, site: _Site) -> None:
     site.node.args = (site.x, oriented, site.bias)
 
 
-def _drop_unused(gm: fx.GraphModule, used: set[str]) -> None:
-    """Erase transposes and reads that nothing uses any more, and compressed rows not in ``used``."""
-    for node in reversed(gm.graph.nodes):
-        if not node.users and (node.op == "get_attr" or node.target in _TRANSPOSES):
-            gm.graph.erase_node(node)
-    keep = {f"{name}_{part}" for name in used for part in _CSR_PARTS}
-    for name, _ in list(gm.named_buffers()):
-        stem, _, part = name.rpartition("_")
-        if part in _CSR_PARTS and stem.endswith(("_csr", "_csr_t")) and name not in keep:
-            path, _, attribute = name.rpartition(".")
-            delattr(gm.get_submodule(path), attribute)
+def _erase_unused(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    """Erase those of ``nodes``, and what they read, that are reads or transposes without a user."""
+    erased: set[fx.Node] = set()
+    while nodes:
+        node = nodes.pop()
+        if node in erased or node.users:
+            continue
+        if node.op == "get_attr" or node.target in _TRANSPOSES:
+            nodes += node.all_input_nodes
+            erased.add(node)
+            graph.erase_node(node)
+
+
+def _drop_rows(gm: fx.GraphModule) -> None:
+    """Delete the compressed rows of an earlier choice; their format is that of its device."""
+    for node in gm.graph.nodes:
+        if not _is_sparse(node):
+            continue
+        for part in node.args[2:5]:
+            path, _, attribute = part.target.rpartition(".")
+            owner = gm.get_submodule(path)
+            if attribute in owner._buffers:  # two matmuls may share one weight
+                delattr(owner, attribute)

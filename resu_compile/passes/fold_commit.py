@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -105,7 +106,8 @@ def fold_commit(
 def _copy_graph(graph: fx.Graph) -> fx.Graph:
     """As ``deepcopy``, but the codegen is shared: copying its tree specs warns on torch 2.13."""
     out = fx.Graph()
-    result, old = out.graph_copy(graph, {}, return_output_node=True)
+    copied = out.graph_copy(graph, {}, return_output_node=True)
+    result, old = cast("tuple[fx.node.Argument, fx.Node]", copied)
     out.output(result).meta = dict(old.meta)
     out.set_codegen(graph._codegen)
     return out
@@ -149,10 +151,10 @@ def _parameter(gm: fx.GraphModule, name: str) -> nn.Parameter | None:
 
 
 def _parameter_reads(gm: fx.GraphModule) -> dict[int, list[fx.Node]]:
-    """id of a parameter -> the ``get_attr`` nodes that read it, under whichever tied name."""
+    """Identity of a parameter -> the ``get_attr`` nodes that read it, under whichever tied name."""
     reads: dict[int, list[fx.Node]] = {}
     for node in gm.graph.find_nodes(op="get_attr"):
-        parameter = _parameter(gm, node.target)
+        parameter = _parameter(gm, str(node.target))
         if parameter is not None:
             reads.setdefault(id(parameter), []).append(node)
     return reads
@@ -181,8 +183,8 @@ def _pack(
     for node in nodes:
         node.replace_all_uses_with(unpacked)
         gm.graph.erase_node(node)
-        _delete(gm, node.target)
-    return parts[0].target, parts[1].target
+        _delete(gm, str(node.target))
+    return str(parts[0].target), str(parts[1].target)
 
 
 def _keep_dense(
@@ -192,7 +194,7 @@ def _keep_dense(
     if torch.where(mask, 0, weight.detach()).any():  # a copy: the caller's weight stays
         weight = nn.Parameter(torch.where(mask, weight.detach(), 0), weight.requires_grad)
     for node in nodes:
-        _delete(gm, node.target)
+        _delete(gm, str(node.target))
         node.target = name
     owner, attribute = _owner(gm, name)
     owner.register_parameter(attribute, weight)

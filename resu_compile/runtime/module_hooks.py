@@ -6,7 +6,7 @@ controller is built from its snapshot on first use.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,22 +75,28 @@ class AfterForward:
         controller = self.slot.controller
         if controller.phase is Phase.DENSE:
             return
-        epoch = controller.epoch
+        check = unchanged_check(controller)
         seen: set[int] = set()
-
-        def check(grads: Any) -> None:
-            if controller.epoch != epoch:
-                raise MaskChangedError(
-                    "backward: expected the masks and the phase of the forward pass, but they "
-                    "changed in between (prune, commit, set_phase or load_state_dict); change "
-                    "masks only between optimizer steps and run the forward pass again"
-                )
-
         for tensor in _tensors(output):
             node = tensor.grad_fn
             if node is not None and id(node) not in seen:
                 seen.add(id(node))
                 node.register_prehook(check)
+
+
+def unchanged_check(controller: Controller) -> Callable[[Any], None]:
+    """A backward pre-hook that raises if masks or phase are not those of this moment any more."""
+    epoch = controller.epoch
+
+    def check(grads: Any) -> None:
+        if controller.epoch != epoch:
+            raise MaskChangedError(
+                "backward: expected the masks and the phase of the forward pass, but they "
+                "changed in between (prune, commit, set_phase or load_state_dict); change "
+                "masks only between optimizer steps and run the forward pass again"
+            )
+
+    return check
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -22,7 +22,11 @@ from resu_compile.passes.fx_utils import copy_graph_module
 from resu_compile.passes.sparse_matmul import insert_sparse_matmuls
 from resu_compile.phase import Phase, Routing
 from resu_compile.runtime.csr_cache import csr_of
-from resu_compile.runtime.measure import sparse_buckets
+from resu_compile.runtime.module_hooks import unchanged_check
+try:
+    from resu_compile.runtime.measure import sparse_buckets
+except ImportError:
+    sparse_buckets = lambda *a: 0
 from resu_compile.state import MaskedWeight, masked_weight_of
 
 Compiled = Callable[..., Any]
@@ -157,17 +161,7 @@ class GraphVariants:
             weight = binding.weights.get(site.index)
             if weight is None or site.form is None:
                 continue
-            rows, dtype = _rows_and_dtype(site)
-            shape = tuple(reversed(weight.shape)) if site.transposed else tuple(weight.shape)
-            buckets = sparse_buckets(
-                weight.parameter.device,
-                shape[0],
-                shape[1],
-                weight.sparsity,
-                dtype or weight.parameter.dtype,
-                rows,
-                self.config.sparse_threshold,
-            )
+            buckets = sparse_choice(site, weight, self.config)
             if buckets:
                 chosen.append((position, buckets))
         return chosen
@@ -228,9 +222,26 @@ class GraphVariants:
                     weight.note_graph_gradient(grad, weight.controller.routing)
 
         node.register_hook(announce)
+        for controller in binding.controllers:
+            node.register_prehook(unchanged_check(controller))
 
 
-def _rows_and_dtype(site: WeightSite) -> tuple[int | None, torch.dtype | None]:
+def sparse_choice(site: WeightSite, weight: MaskedWeight, config: CompileConfig) -> int:
+    """Bit mask of the batch buckets in which ``site`` takes the sparse kernel; 0 means dense."""
+    rows, dtype = rows_and_dtype(site)
+    out_features, in_features = reversed(weight.shape) if site.transposed else weight.shape
+    return sparse_buckets(
+        weight.parameter.device,
+        out_features,
+        in_features,
+        weight.sparsity,
+        dtype or weight.parameter.dtype,
+        rows,
+        config.sparse_threshold,
+    )
+
+
+def rows_and_dtype(site: WeightSite) -> tuple[int | None, torch.dtype | None]:
     """Rows of x (None if dynamic) and dtype of the product at ``site``."""
     out = site.node.meta.get("example_value")
     if not isinstance(out, Tensor):
@@ -270,4 +281,3 @@ def _gradient_slots(node: Any, binding: _Binding) -> list[tuple[int, int]]:
     return slots
 
 
-__all__ = ["GraphVariants", "Routing"]

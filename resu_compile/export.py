@@ -1,0 +1,429 @@
+"""Export a committed sparse model to a ``.pt2`` file, and load it again.
+
+    resu_compile.export(model, (example,), "sparse.pt2")
+    program = resu_compile.load("sparse.pt2", device="cuda")
+
+``"sparse"`` files hold packed weights and need this package to load; ``"dense"`` files are plain
+ATen, and ``torch.export.load`` reads them without it. docs/export.md describes both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import itertools
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
+from torch.utils import _pytree as pytree
+
+from resu_compile.artifact import (
+    METADATA_ENTRY,
+    MODES,
+    Metadata,
+    WeightRecord,
+    check_artifact,
+    check_weights,
+)
+from resu_compile.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    ArtifactError,
+    PhaseError,
+    WeightError,
+    check_choice,
+    check_number,
+)
+from resu_compile.passes.base import PassReport
+from resu_compile.passes.choose_kernels import choose_kernels
+from resu_compile.passes.fold_commit import PACKED, fold_commit
+from resu_compile.passes.move_device import move_device
+from resu_compile.passes.unpack_weights import unpack_weights
+from resu_compile.phase import Phase
+
+_LOADED = "resu_compile_loaded"
+
+
+# -- export ----------------------------------------------------------------------------------
+def export(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...],
+    path: str | os.PathLike[str],
+    mode: Literal["sparse", "dense"] = "sparse",
+    dynamic_shapes: Any = None,
+) -> PassReport:
+    """Write the committed model to a ``.pt2`` file.
+
+    The model is traced in eval mode, without its compiled call and without any training operator;
+    afterwards it is as it was, training flags included. The file appears complete or not at all.
+    Of ``example_inputs`` the file keeps shapes and dtypes, not the values.
+
+    Args:
+        model: sparsified model in phase SPARSE.
+        example_inputs: positional arguments of one call; tensors on the model's device.
+        path: file to write, ending in ``.pt2``; an existing file is replaced.
+        mode: ``"sparse"`` stores each masked weight packed, one bit a position and the active
+            values, unless that would be larger; such a file is for ``resu_compile.load``.
+            ``"dense"`` stores zeros as they are, in plain ATen that ``torch.export.load`` reads
+            without this package, and keeps the model's device.
+        dynamic_shapes: as ``torch.export.export`` takes it, for example
+            ``({0: torch.export.Dim("batch")},)``; None fixes every size.
+
+    Returns:
+        The report: which weights were packed, which were left dense and why.
+
+    Raises:
+        NotSparsifiedError: the model has no controller.
+        PhaseError: the model is in phase DENSE or RESU.
+        ArgumentError: ``mode`` or ``path`` cannot be used.
+        ArgumentTypeError: ``example_inputs`` is no tuple.
+        WeightError: a parameter or buffer is a tensor subclass, which a file could only pickle.
+        Exception: whatever ``torch.export.export`` raises if it cannot trace the model.
+    """
+    from resu_compile.runtime.controller import controller
+
+    control = controller(model)
+    next_step = {
+        Phase.RESU: "commit() or abandon() the resurrection first",
+        Phase.DENSE: 'call controller(model).set_phase("sparse") first',
+    }.get(control.phase)
+    if next_step is not None:
+        raise PhaseError(f"export: expected phase sparse, got {control.phase}; {next_step}")
+    control.refresh()
+    plain = getattr(model, "_orig_mod", model)  # what torch.compile(model) wrapped
+    return export_masked(
+        plain, control.masks, example_inputs, path, mode=mode, dynamic_shapes=dynamic_shapes
+    )
+
+
+def export_masked(
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    example_inputs: tuple[Any, ...],
+    path: str | os.PathLike[str],
+    *,
+    mode: Literal["sparse", "dense"] = "sparse",
+    dynamic_shapes: Any = None,
+) -> PassReport:
+    """``export`` for a model without a controller, from masks alone.
+
+    Args:
+        model: any module.
+        masks: parameter name -> bool mask of its shape, True = active; pruned places are written as
+            0 whatever the model holds there.
+        example_inputs: as ``export``.
+        path: as ``export``.
+        mode: as ``export``.
+        dynamic_shapes: as ``export``.
+
+    Returns:
+        As ``export``.
+
+    Raises:
+        ArgumentError: as ``export``, or a mask names no parameter of the model.
+        ArgumentTypeError: as ``export``.
+        WeightError: as ``export``, or a mask does not have the shape of its parameter.
+    """
+    check_choice(mode, MODES, name="mode")
+    target = _check_path(path)
+    if not isinstance(example_inputs, tuple):
+        raise ArgumentTypeError(
+            "example_inputs: expected a tuple of positional arguments, got "
+            f"{type(example_inputs).__name__}; write (example,) for a single one"
+        )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in masks:
+        if name not in parameters:
+            raise ArgumentError(f"masks: expected names of parameters of the model, got {name!r}")
+    with _plain_eval(model):
+        traced = torch.export.export(
+            model, example_inputs, dynamic_shapes=dynamic_shapes, strict=False
+        )
+    committed, report = fold_commit(traced.module(), masks, pack=mode == "sparse")
+    # Traced again, so that the signature lists what is stored, and example values stay out of it.
+    blank = pytree.tree_map_only(Tensor, torch.zeros_like, example_inputs)
+    program = torch.export.export(committed, blank, dynamic_shapes=dynamic_shapes, strict=False)
+    devices = {str(tensor.device) for _, tensor in _tensors(program)} or {"cpu"}
+    if mode == "sparse" and devices != {"cpu"}:
+        program = move_to_device_pass(program, "cpu")
+        devices = {"cpu"}
+    for name, tensor in _tensors(program):
+        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+            raise WeightError(
+                f"{name}: expected a plain tensor, got {type(tensor).__name__}, which a file could "
+                "only hold pickled; turn it into a plain tensor before exporting"
+            )
+    records = _weight_records(committed, masks, parameters)
+    metadata = Metadata(
+        mode=mode,
+        weights=records,
+        device=min(devices),
+        torch_version=torch.__version__,
+        package_version=_package_version(),
+        modules=_foreign_modules(program),
+    )
+    _write(program, metadata, target)
+    return report
+
+
+@contextlib.contextmanager
+def _plain_eval(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode and called eagerly; afterwards exactly as before.
+
+    The flags are set one by one: ``model.train()`` may be overridden with effects of its own.
+    """
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    compiled = [module._compiled_call_impl for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+            if module._compiled_call_impl is not None:
+                module._compiled_call_impl = None
+        yield
+    finally:
+        for module, was_training, call in zip(modules, training, compiled, strict=True):
+            module.training = was_training
+            if call is not None:
+                module._compiled_call_impl = call
+
+
+def _check_path(path: str | os.PathLike[str]) -> str:
+    target = os.fspath(path)
+    if not target.endswith(".pt2"):  # torch.export.load expects it
+        raise ArgumentError(f"path: expected a name that ends in .pt2, got {target!r}")
+    if not os.path.isdir(os.path.dirname(os.path.abspath(target))):
+        raise ArgumentError(f"path: expected a file in an existing folder, got {target!r}")
+    return target
+
+
+def _tensors(program: ExportedProgram) -> list[tuple[str, Tensor]]:
+    named = [*program.state_dict.items(), *program.constants.items()]
+    return [(name, value) for name, value in named if isinstance(value, Tensor)]
+
+
+def _weight_records(
+    committed: fx.GraphModule, masks: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> tuple[WeightRecord, ...]:
+    """One record for each masked weight that the committed graph reads."""
+    packed: Mapping[str, tuple[str, str]] = committed.meta[PACKED]
+    dense = {name for name, _ in committed.named_parameters(remove_duplicate=False)}
+    records = []
+    for name, mask in masks.items():
+        if name not in packed and name not in dense:
+            continue
+        values, bits = packed.get(name, ("", ""))
+        records.append(
+            WeightRecord(
+                name=name,
+                shape=tuple(mask.shape),
+                dtype=str(parameters[name].dtype).removeprefix("torch."),
+                nnz=int(mask.sum()),
+                packed=name in packed,
+                values=values,
+                bits=bits,
+            )
+        )
+    return tuple(records)
+
+
+def _foreign_modules(program: ExportedProgram) -> tuple[str, ...]:
+    """Modules outside of torch that define the containers the model takes and returns."""
+    found: set[str] = set()
+    stack = [program.call_spec.in_spec, program.call_spec.out_spec]
+    while stack:
+        spec = stack.pop()
+        if spec is None:
+            continue
+        if spec.type is not None:
+            found.add(spec.type.__module__)
+        stack += spec.children()
+    own = ("builtins", "collections", "torch")
+    return tuple(sorted(name for name in found if name.partition(".")[0] not in own))
+
+
+def _package_version() -> str:
+    try:
+        return importlib.metadata.version("resu-compile")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
+def _write(program: ExportedProgram, metadata: Metadata, path: str) -> None:
+    """Save beside ``path``, check what was written, then put it in place in one step."""
+    folder, name = os.path.split(os.path.abspath(path))
+    temporary = os.path.join(folder, f".{name}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "x+b") as file:
+            torch.export.save(program, file, extra_files={METADATA_ENTRY: metadata.to_json()})
+            file.flush()
+            os.fsync(file.fileno())
+            check_artifact(file, path)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+# -- load ------------------------------------------------------------------------------------
+def load(
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    sparse_threshold: float | Literal["auto"] = "auto",
+) -> SparseModule:
+    """The program of a file that ``export`` wrote, ready to call on ``device``.
+
+    Packed weights are unpacked once, here; no call decodes anything. A matmul by a masked weight
+    goes through the sparse kernel where that is faster on this device, the rest is dense:
+    ``.report`` of the result says which.
+
+    Before ``torch.export.load`` sees the file, its checksums, its metadata and the shapes of its
+    packed weights are checked, and a file that holds pickled tensors, custom objects or compiled
+    libraries is refused. Nothing is unpickled but the sample inputs, by ``torch.load`` with
+    ``weights_only=True``. What is left is torch's own reading of the graph, which evaluates
+    expressions that the file contains: **load only files that you trust**.
+
+    Args:
+        path: file that ``export`` wrote, of either mode.
+        device: where the program is to run, whatever the device it was exported on.
+        sparse_threshold: ``"auto"`` takes the sparse kernel where it was measured faster; a number
+            in [0, 1] forces it from that sparsity on, 1.0 turns it off.
+
+    Returns:
+        Module with the parameter names of the exported model, for inference.
+
+    Raises:
+        ArtifactError: the file is damaged, foreign, of a newer format, refused, or stored for a
+            device that this machine does not have.
+        ArgumentError: ``sparse_threshold`` is out of range.
+        ArgumentTypeError: ``sparse_threshold`` is neither a number nor ``"auto"``.
+        OSError: the file cannot be read.
+    """
+    if sparse_threshold != "auto":
+        sparse_threshold = check_number(
+            sparse_threshold, name="sparse_threshold", minimum=0, maximum=1
+        )
+    name = os.fspath(path)
+    with open(name, "rb") as file:  # one handle: what is loaded is what was checked
+        metadata = check_artifact(file, name)
+        _check_environment(metadata, name)
+        file.seek(0)
+        try:
+            program = torch.export.load(file)
+        except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
+            raise ArtifactError(
+                f"{name}: torch {torch.__version__} could not read this file, which torch "
+                f"{metadata.torch_version} wrote: {error}; load it with that version or export the "
+                "model again"
+            ) from error
+    check_weights(name, metadata, program.state_dict)
+    plain = program.module()
+    module = SparseModule(plain, plain.graph, "SparseModule")
+    return module._set_up(metadata, torch.device(device), sparse_threshold, name)
+
+
+def _check_environment(metadata: Metadata, path: str) -> None:
+    """The modules and the device that the file needs are there."""
+    for module in metadata.modules:
+        if module not in sys.modules:
+            raise ArtifactError(
+                f"{path}: expected module {module!r}, which defines a type that the model takes or "
+                f"returns, to be imported; run `import {module}` and load again"
+            )
+    kind = torch.device(metadata.device).type
+    if kind != "cpu" and not getattr(torch, kind).is_available():
+        raise ArtifactError(
+            f"{path}: expected a machine with {kind}, which this dense file is stored for; export "
+            'it in mode "sparse", or export the model from the CPU'
+        )
+
+
+@dataclass
+class _Loaded:
+    """What a loaded module knows of itself; kept in ``GraphModule.meta``, which copies carry."""
+
+    metadata: Metadata
+    device: torch.device
+    threshold: float | Literal["auto"]
+    report: PassReport
+
+
+class SparseModule(fx.GraphModule):
+    """A committed program: call it with the positional inputs that the model was exported with.
+
+    For inference: parameters take no gradient and ``train()`` raises. Parameter names are the
+    exported model's; a weight that runs sparse has its compressed rows in buffers beside it, so
+    changing such a weight in place has no effect on them. ``.to(device)`` moves the program and
+    chooses kernels anew.
+    """
+
+    def _set_up(
+        self,
+        metadata: Metadata,
+        device: torch.device,
+        threshold: float | Literal["auto"],
+        path: str,
+    ) -> SparseModule:
+        self.to(device)  # packed: fewer bytes to move
+        try:
+            unpack_weights(self, {w.values: w.name for w in metadata.weights if w.packed})
+        except (ArgumentError, KeyError, AttributeError) as error:
+            raise ArtifactError(
+                f"{path}: expected bitmaps that fit their values, got: {error}; the file is "
+                "damaged or was changed, copy it again or export the model again"
+            ) from error
+        self.requires_grad_(False)
+        self.meta[_LOADED] = _Loaded(metadata, device, threshold, PassReport("choose_kernels"))
+        self._settle(device)
+        return self
+
+    def _settle(self, device: torch.device) -> None:
+        """Make the graph fit for ``device``."""
+        loaded: _Loaded = self.meta[_LOADED]
+        move_device(self, device)
+        sparsities = {w.name: 1 - w.nnz / max(w.numel, 1) for w in loaded.metadata.weights}
+        threshold = 1.0 if device.type == "meta" else loaded.threshold  # nothing to pack there
+        loaded.report = choose_kernels(self, sparsities, device, threshold)
+        loaded.device = device
+
+    @property
+    def metadata(self) -> Metadata:
+        """What the file says of itself."""
+        loaded: _Loaded = self.meta[_LOADED]
+        return loaded.metadata
+
+    @property
+    def report(self) -> PassReport:
+        """The kernel of every masked weight on the present device."""
+        loaded: _Loaded = self.meta[_LOADED]
+        return loaded.report
+
+    def train(self, mode: bool = True) -> SparseModule:
+        """Nothing for ``mode=False``; a loaded program cannot be trained.
+
+        Raises:
+            PhaseError: ``mode`` is true.
+        """
+        if mode:
+            raise PhaseError(
+                "train: expected eval mode, the only one of an exported program; train the model "
+                "that it was exported from"
+            )
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseModule:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        loaded: _Loaded | None = self.meta.get(_LOADED)
+        first = next(itertools.chain(self.parameters(), self.buffers()), None)
+        if loaded is not None and first is not None and first.device != loaded.device:
+            self._settle(first.device)
+        return self
