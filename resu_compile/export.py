@@ -1,4 +1,4 @@
-"""Export a committed sparse model to a ``.pt2`` file, and load it again.
+"""Export a committed sparse model to a ``.pt2`` file; ``program.py`` loads it again.
 
     resu_compile.export(model, (example,), "sparse.pt2")
     program = resu_compile.load("sparse.pt2", device="cuda")
@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import itertools
 import os
 import secrets
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -25,34 +22,22 @@ from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
-from resu_compile.artifact import (
-    METADATA_ENTRY,
-    MODES,
-    Metadata,
-    WeightRecord,
-    check_artifact,
-    check_weights,
-)
+from resu_compile.artifact import METADATA_ENTRY, MODES, Metadata, WeightRecord, check_artifact
 from resu_compile.errors import (
     ArgumentError,
     ArgumentTypeError,
-    ArtifactError,
     PhaseError,
     WeightError,
     check_choice,
-    check_number,
 )
 from resu_compile.passes.base import PassReport
-from resu_compile.passes.choose_kernels import choose_kernels
 from resu_compile.passes.fold_commit import PACKED, fold_commit
-from resu_compile.passes.move_device import move_device
-from resu_compile.passes.unpack_weights import unpack_weights
 from resu_compile.phase import Phase
+from resu_compile.program import SparseModule, load
 
-_LOADED = "resu_compile_loaded"
+__all__ = ["SparseModule", "export", "export_masked", "load"]
 
 
-# -- export ----------------------------------------------------------------------------------
 def export(
     model: nn.Module,
     example_inputs: tuple[Any, ...],
@@ -226,7 +211,7 @@ def _weight_records(
                 name=name,
                 shape=tuple(mask.shape),
                 dtype=str(parameters[name].dtype).removeprefix("torch."),
-                nnz=int(mask.sum()),
+                nnz=int(mask.count_nonzero()),
                 packed=name in packed,
                 values=values,
                 bits=bits,
@@ -272,158 +257,3 @@ def _write(program: ExportedProgram, metadata: Metadata, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
-
-
-# -- load ------------------------------------------------------------------------------------
-def load(
-    path: str | os.PathLike[str],
-    device: str | torch.device = "cpu",
-    sparse_threshold: float | Literal["auto"] = "auto",
-) -> SparseModule:
-    """The program of a file that ``export`` wrote, ready to call on ``device``.
-
-    Packed weights are unpacked once, here; no call decodes anything. A matmul by a masked weight
-    goes through the sparse kernel where that is faster on this device, the rest is dense:
-    ``.report`` of the result says which.
-
-    Before ``torch.export.load`` sees the file, its checksums, its metadata and the shapes of its
-    packed weights are checked, and a file that holds pickled tensors, custom objects or compiled
-    libraries is refused. Nothing is unpickled but the sample inputs, by ``torch.load`` with
-    ``weights_only=True``. What is left is torch's own reading of the graph, which evaluates
-    expressions that the file contains: **load only files that you trust**.
-
-    Args:
-        path: file that ``export`` wrote, of either mode.
-        device: where the program is to run, whatever the device it was exported on.
-        sparse_threshold: ``"auto"`` takes the sparse kernel where it was measured faster; a number
-            in [0, 1] forces it from that sparsity on, 1.0 turns it off.
-
-    Returns:
-        Module with the parameter names of the exported model, for inference.
-
-    Raises:
-        ArtifactError: the file is damaged, foreign, of a newer format, refused, or stored for a
-            device that this machine does not have.
-        ArgumentError: ``sparse_threshold`` is out of range.
-        ArgumentTypeError: ``sparse_threshold`` is neither a number nor ``"auto"``.
-        OSError: the file cannot be read.
-    """
-    if sparse_threshold != "auto":
-        sparse_threshold = check_number(
-            sparse_threshold, name="sparse_threshold", minimum=0, maximum=1
-        )
-    name = os.fspath(path)
-    with open(name, "rb") as file:  # one handle: what is loaded is what was checked
-        metadata = check_artifact(file, name)
-        _check_environment(metadata, name)
-        file.seek(0)
-        try:
-            program = torch.export.load(file)
-        except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
-            raise ArtifactError(
-                f"{name}: torch {torch.__version__} could not read this file, which torch "
-                f"{metadata.torch_version} wrote: {error}; load it with that version or export the "
-                "model again"
-            ) from error
-    check_weights(name, metadata, program.state_dict)
-    plain = program.module()
-    module = SparseModule(plain, plain.graph, "SparseModule")
-    return module._set_up(metadata, torch.device(device), sparse_threshold, name)
-
-
-def _check_environment(metadata: Metadata, path: str) -> None:
-    """The modules and the device that the file needs are there."""
-    for module in metadata.modules:
-        if module not in sys.modules:
-            raise ArtifactError(
-                f"{path}: expected module {module!r}, which defines a type that the model takes or "
-                f"returns, to be imported; run `import {module}` and load again"
-            )
-    kind = torch.device(metadata.device).type
-    if kind != "cpu" and not getattr(torch, kind).is_available():
-        raise ArtifactError(
-            f"{path}: expected a machine with {kind}, which this dense file is stored for; export "
-            'it in mode "sparse", or export the model from the CPU'
-        )
-
-
-@dataclass
-class _Loaded:
-    """What a loaded module knows of itself; kept in ``GraphModule.meta``, which copies carry."""
-
-    metadata: Metadata
-    device: torch.device
-    threshold: float | Literal["auto"]
-    report: PassReport
-
-
-class SparseModule(fx.GraphModule):
-    """A committed program: call it with the positional inputs that the model was exported with.
-
-    For inference: parameters take no gradient and ``train()`` raises. Parameter names are the
-    exported model's; a weight that runs sparse has its compressed rows in buffers beside it, so
-    changing such a weight in place has no effect on them. ``.to(device)`` moves the program and
-    chooses kernels anew.
-    """
-
-    def _set_up(
-        self,
-        metadata: Metadata,
-        device: torch.device,
-        threshold: float | Literal["auto"],
-        path: str,
-    ) -> SparseModule:
-        self.to(device)  # packed: fewer bytes to move
-        try:
-            unpack_weights(self, {w.values: w.name for w in metadata.weights if w.packed})
-        except (ArgumentError, KeyError, AttributeError) as error:
-            raise ArtifactError(
-                f"{path}: expected bitmaps that fit their values, got: {error}; the file is "
-                "damaged or was changed, copy it again or export the model again"
-            ) from error
-        self.requires_grad_(False)
-        self.meta[_LOADED] = _Loaded(metadata, device, threshold, PassReport("choose_kernels"))
-        self._settle(device)
-        return self
-
-    def _settle(self, device: torch.device) -> None:
-        """Make the graph fit for ``device``."""
-        loaded: _Loaded = self.meta[_LOADED]
-        move_device(self, device)
-        sparsities = {w.name: 1 - w.nnz / max(w.numel, 1) for w in loaded.metadata.weights}
-        threshold = 1.0 if device.type == "meta" else loaded.threshold  # nothing to pack there
-        loaded.report = choose_kernels(self, sparsities, device, threshold)
-        loaded.device = device
-
-    @property
-    def metadata(self) -> Metadata:
-        """What the file says of itself."""
-        loaded: _Loaded = self.meta[_LOADED]
-        return loaded.metadata
-
-    @property
-    def report(self) -> PassReport:
-        """The kernel of every masked weight on the present device."""
-        loaded: _Loaded = self.meta[_LOADED]
-        return loaded.report
-
-    def train(self, mode: bool = True) -> SparseModule:
-        """Nothing for ``mode=False``; a loaded program cannot be trained.
-
-        Raises:
-            PhaseError: ``mode`` is true.
-        """
-        if mode:
-            raise PhaseError(
-                "train: expected eval mode, the only one of an exported program; train the model "
-                "that it was exported from"
-            )
-        return self
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseModule:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        loaded: _Loaded | None = self.meta.get(_LOADED)
-        first = next(itertools.chain(self.parameters(), self.buffers()), None)
-        if loaded is not None and first is not None and first.device != loaded.device:
-            self._settle(first.device)
-        return self

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch.export import Dim
+from torch.testing._internal.two_tensor import TwoTensor
 
 import resu_compile
 from resu_compile.errors import (
@@ -189,8 +190,9 @@ def test_outputs_are_equal(tmp_path, build, dynamic, inputs, mode):
     assert set(report.rewritten) == (set(masks) if mode == "sparse" else set())
     for threshold in (1.0, 0.5):  # dense everywhere, sparse wherever a kernel exists
         program = load(path, sparse_threshold=threshold)
+        state = {name: value.clone() for name, value in program.state_dict().items()}
         for x in inputs:
-            program.load_state_dict(load(path, sparse_threshold=threshold).state_dict())
+            program.load_state_dict(state)  # the forward changes a buffer
             torch.testing.assert_close(
                 plain(program(x)),
                 eager(model, x),
@@ -391,6 +393,20 @@ def test_refused_arguments(tmp_path):
         load(path, sparse_threshold="fast")
 
 
+def test_tensor_subclasses_are_refused(tmp_path):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(TwoTensor(torch.randn(4, 4), torch.randn(4, 4)))
+
+        def forward(self, x):
+            return x @ self.weight
+
+    with pytest.raises(WeightError, match="weight: expected a plain tensor, got TwoTensor"):
+        export_masked(Scaled(), {}, (torch.randn(2, 4),), tmp_path / "m.pt2")
+    assert os.listdir(tmp_path) == []
+
+
 # -- loaded modules --------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
@@ -522,6 +538,23 @@ def test_export_of_a_sparsified_model(sparsified, tmp_path):
     reference.load_state_dict(sparsified.state_dict())
     x = torch.randn(5, 3, 8, 8)
     assert torch.equal(program(x), eager(reference, x))
+
+
+def test_export_through_a_compiled_wrapper(sparsified, tmp_path):
+    x = torch.randn(2, 3, 8, 8)
+    wrapper = torch.compile(sparsified, backend="eager")
+    resu_compile.export(wrapper, (x,), tmp_path / "m.pt2", mode="dense")
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    assert torch.equal(program(x), eager(sparsified, x))
+
+
+def test_automatic_choice(saved):
+    model, _, folder = saved  # its weights are too small to be worth a measurement
+    program = load(folder / "sparse.pt2")
+    assert program.report.rewritten == {}
+    assert "no batch size where sparse is taken" in program.report.skipped["up.weight"]
+    x = torch.randn(4, 32)
+    assert torch.equal(program(x), eager(model, x))
 
 
 def test_export_needs_the_sparse_phase(sparsified, tmp_path):

@@ -82,7 +82,7 @@ def fold_commit(
                 f"got {tuple(mask.shape)}"
             )
         mask = mask.to(weight.device)
-        nnz, dense_bytes = int(mask.sum()), weight.numel() * weight.itemsize
+        nnz, dense_bytes = int(mask.count_nonzero()), weight.numel() * weight.itemsize
         packed_bytes = packed_size_bytes(weight.numel(), nnz, weight.itemsize)
         if pack and packed_bytes < dense_bytes:
             packed[name] = _pack(out, name, weight, mask, nodes)
@@ -191,7 +191,7 @@ def _keep_dense(
     gm: fx.GraphModule, name: str, weight: nn.Parameter, mask: Tensor, nodes: list[fx.Node]
 ) -> None:
     """Read ``weight``, zero at pruned places, under ``name`` in every one of its nodes."""
-    if torch.where(mask, 0, weight.detach()).any():  # a copy: the caller's weight stays
+    if (weight.detach().ne(0) > mask).any():  # a copy: the caller's weight stays
         weight = nn.Parameter(torch.where(mask, weight.detach(), 0), weight.requires_grad)
     for node in nodes:
         _delete(gm, str(node.target))

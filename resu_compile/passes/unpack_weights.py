@@ -21,7 +21,7 @@ from collections.abc import Mapping
 import torch
 from torch import fx, nn
 
-from resu_compile.kernels.packed_weight import check_packed, unpack_weight
+from resu_compile.kernels.packed_weight import check_packed, unpack_weight_reference
 from resu_compile.passes.base import PassReport
 
 
@@ -45,7 +45,8 @@ def unpack_weights(gm: fx.GraphModule, names: Mapping[str, str]) -> PassReport:
         reads, shape = node.args[:2], node.args[2]
         values, bits = (gm.get_buffer(read.target) for read in reads)
         check_packed(values, bits, shape)
-        dense = nn.Parameter(unpack_weight(values, bits, shape), requires_grad=False)
+        weight = unpack_weight_reference(values, bits, shape)  # the op would check once more
+        dense = nn.Parameter(weight, requires_grad=False)
         name = names[reads[0].target]
         path, _, attribute = name.rpartition(".")
         gm.get_submodule(path).register_parameter(attribute, dense)

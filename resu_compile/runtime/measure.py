@@ -425,8 +425,8 @@ def _measure_cpu(
     x = torch.full((rows, in_features), 0.5, dtype=dtype, device=device)
     calls = (lambda: F.linear(x, weight), lambda: _sparse(x, weight, csr))
     samples = _interleaved_ms(calls, _wall_ms, CPU_BUDGET_S, MAX_REPEATS)
-    # The fastest, not the median: other programs on the same cores only ever add time, and with
-    # both of 2 cores taken a median of the sparse product read 13.9 ms where 0.9 ms was true.
+    # The fastest, not the median: other programs on the same cores only ever add time. With both
+    # of 2 cores taken, fp32 4096x4096 at 90 % and 1 row: median 5.2 ms, fastest 0.6, idle 0.3.
     dense_ms, sparse_ms = (min(own) * out_features / measured for own in samples)
     return LinearTimes(dense_ms, sparse_ms)
 

@@ -177,6 +177,7 @@ def test_compiles_without_graph_break():
     assert torch.equal(unpack(values, bits), masked(weight, mask) + 1)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -187,4 +188,5 @@ def test_cuda(shape, dtype):
     assert dense.is_cuda
     if dense.numel():
         assert torch.equal(raw(dense.cpu()), raw(masked(weight, mask)))
-    torch.library.opcheck(unpack_weight, (values, bits, list(shape)))
+    if dtype.itemsize > 1:  # opcheck's own allclose has no float8 on CUDA
+        torch.library.opcheck(unpack_weight, (values, bits, list(shape)))
