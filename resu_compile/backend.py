@@ -10,7 +10,8 @@ import functools
 import hashlib
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from resu_compile.config import CompileConfig, SparsityConfig, inductor_option_n
 from resu_compile.errors import ArgumentError, check_choice, check_known_keys
 from resu_compile.kernels.effective_weight import register_lowerings
 from resu_compile.passes.find_weights import find_weights
-from resu_compile.runtime.variants import Compiled, GraphVariants
+from resu_compile.runtime.variants import Compiled, GraphVariants, know
 from resu_compile.state import masked_weight_of
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def compile_in_place(
     controller: Controller, *, fullgraph: bool = False, dynamic: bool | None = None
 ) -> Any:
     """Make the model's own call run compiled, as ``nn.Module.compile`` does; returns that call."""
+    know(controller)
     config = controller.compile_config
     inductor_patches(config)  # wrong options are errors here, not at the first call
     try:
@@ -126,17 +128,21 @@ def _traced_call(model: nn.Module) -> Callable[..., Any]:
 
 
 # -- torch.compile's way in --------------------------------------------------------------------
+_adopted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
 def _adopt(
     sparsity: SparsityConfig,
     compiling: CompileConfig,
     gm: fx.GraphModule,
     args: Sequence[Any],
 ) -> None:
-    """Prune and mask the model that ``args`` belong to, unless it has a controller."""
+    """Prune and mask the model that ``args`` belong to, once: a released model stays plain."""
+    from torch._dynamo.utils import preserve_rng_state
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    from resu_compile.runtime.controller import find_controller
     from resu_compile.pruning import attach_controller
+    from resu_compile.runtime.controller import find_controller
 
     parameters = {i: a for i, a in enumerate(args) if isinstance(a, nn.Parameter)}
     if not parameters or any(masked_weight_of(p) is not None for p in parameters.values()):
@@ -144,35 +150,78 @@ def _adopt(
     root = find_root(list(parameters.values()))
     if root is None:
         raise ArgumentError(
-            "backend 'resu': expected the compiled call to come from an nn.Module that holds the "
-            "weights, found none on the stack; compile the module, or call "
+            "backend 'resu': expected the compiled call to use one nn.Module that holds all the "
+            "weights of a graph, found none; compile the module instead of a function, or call "
             "resu_compile.sparsify(module) before compiling a function that uses it"
         )
-    if find_controller(root) is not None:
+    if root in _adopted or find_controller(root) is not None:
         return  # this graph uses none of the weights that were pruned
     sites, _ = find_weights(gm, list(parameters))
     multiplied = {site.index: site.op for site in sites}
     captured = {id(p): multiplied.get(i) for i, p in parameters.items()}
-    with unset_fake_temporarily(), torch.no_grad():
-        attach_controller(root, sparsity, compiling, captured)
+    with unset_fake_temporarily(), preserve_rng_state(), torch.no_grad():
+        know(attach_controller(root, sparsity, compiling, captured))
+    _adopted.add(root)
 
 
 def find_root(parameters: Sequence[nn.Parameter]) -> nn.Module | None:
-    """The outermost module on the call stack that holds all of ``parameters``."""
+    """The module that was compiled, or called in what was: it holds all of ``parameters``.
+
+    Of several in one frame the largest, of several frames the outermost within the call of
+    ``torch.compile``'s wrapper.
+    """
     wanted = {id(parameter) for parameter in parameters}
     root: nn.Module | None = None
-    frame = sys._getframe()
-    seen: set[int] = set()
-    while frame is not None:
-        for value in (frame.f_locals.get("self"), frame.f_locals.get("model")):
-            if not isinstance(value, nn.Module) or id(value) in seen:
-                continue
-            seen.add(id(value))
-            module = getattr(value, "_orig_mod", value)
-            if wanted <= {id(parameter) for parameter in module.parameters()}:
-                root = module
-        frame = frame.f_back  # type: ignore[assignment]
+    most = 0
+    for modules in _modules_by_frame():
+        sizes = {module: {id(p) for p in module.parameters()} for module in modules}
+        holding = {module: len(held) for module, held in sizes.items() if wanted <= held}
+        largest = max(holding, key=holding.__getitem__, default=None)
+        if largest is not None and holding[largest] >= most:
+            root, most = largest, holding[largest]
     return root
+
+
+def _modules_by_frame() -> Iterator[list[nn.Module]]:
+    """The modules that each frame of the compiled call names, from the innermost frame out."""
+    from torch._dynamo import eval_frame
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:  # Dynamo traces a frame before it runs, so that frame is not on the stack
+        traced: Any = InstructionTranslator.current_tx()
+    except AttributeError:  # nothing is being traced: a graph meets another instance's weights
+        traced = None
+    if traced is not None:
+        yield _modules_of(traced.f_locals, traced.f_globals, traced.f_code)
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == eval_frame.__file__ and code.co_name in ("compile_wrapper", "_fn"):
+            return  # whoever called torch.compile's result is no part of it
+        if not str(frame.f_globals.get("__name__")).startswith(("torch._", "resu_compile.")):
+            yield _modules_of(frame.f_locals, frame.f_globals, code)
+        frame = frame.f_back
+
+
+def _modules_of(
+    local: Mapping[str, Any], shared: Mapping[str, Any], code: types.CodeType
+) -> list[nn.Module]:
+    """Modules that a frame names, or that lie one step behind what it names."""
+    found: list[Any] = []
+    for value in [*local.values(), *(shared[name] for name in code.co_names if name in shared)]:
+        if isinstance(value, (list, tuple)):
+            found += value
+        elif isinstance(value, dict):
+            found += value.values()
+        elif isinstance(value, (nn.Module, type, types.ModuleType)):
+            found.append(value)
+        else:
+            found += getattr(value, "__dict__", {}).values()  # a trainer that is no module
+    return [
+        getattr(value, "_orig_mod", value)
+        for value in found
+        if isinstance(value, nn.Module) and not isinstance(value, fx.GraphModule)
+    ]
 
 
 # -- Inductor ----------------------------------------------------------------------------------

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from resu_compile.passes.find_weights import WeightSite, find_weights
 
@@ -24,8 +27,11 @@ class CapturedGraph:
 def capture(model: nn.Module, *inputs: Any, **kwargs: Any) -> list[CapturedGraph]:
     """The graphs of one call of ``model``; the call itself runs eagerly and without gradients.
 
+    The model's mode, parameters, buffers and compiled graphs stay as they are, and so does the
+    random state. What else its ``forward`` changes in Python stays changed.
+
     Args:
-        model: the module; its mode, parameters and buffers' contents are kept.
+        model: the module.
         *inputs: positional inputs of the call.
         **kwargs: keyword inputs of the call.
     """
@@ -38,16 +44,14 @@ def capture(model: nn.Module, *inputs: Any, **kwargs: Any) -> list[CapturedGraph
         return gm.forward
 
     def call(*args: Any, **kw: Any) -> Any:
-        return model.forward(*args, **kw)
+        return model._call_impl(*args, **kw)  # compiled or not, what the model's own call does
 
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    try:
-        with torch.no_grad():
-            torch.compile(call, backend=record)(*inputs, **kwargs)
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():  # batch norm counts every call
-                buffer.copy_(buffers[name])
+    with ExitStack() as stack:
+        stack.enter_context(_kept_buffers(model))
+        stack.enter_context(torch.random.fork_rng(_cuda_devices(model)))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_forgotten_by_dynamo())
+        torch.compile(call, backend=record, dynamic=False)(*inputs, **kwargs)
     return graphs
 
 
@@ -60,3 +64,55 @@ def captured_parameters(graphs: Sequence[CapturedGraph]) -> dict[int, str | None
         for site in graph.sites:
             found[id(graph.parameters[site.index])] = site.op
     return found
+
+
+@contextmanager
+def _kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Put buffers back afterwards: batch norm counts every call."""
+    kept: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+    contents: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        kept.append((module, dict(module._buffers)))
+        for buffer in module._buffers.values():
+            if buffer is not None and not buffer.is_meta:
+                contents[buffer] = buffer.detach().clone()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, content in contents.items():
+                if not torch.equal(buffer, content):
+                    buffer.copy_(content)
+        for module, buffers in kept:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
+def _cuda_devices(model: nn.Module) -> list[torch.device]:
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return list({tensor.device for tensor in tensors if tensor.is_cuda})
+
+
+@contextmanager
+def _forgotten_by_dynamo() -> Iterator[None]:
+    """Drop the graphs that Dynamo keeps meanwhile, lest they count as the model's recompiles.
+
+    After a graph break the code of the model's own modules is traced frame by frame, and Dynamo
+    limits how many graphs it keeps of one piece of code.
+    """
+    from torch._dynamo import convert_frame
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+    from torch._dynamo.guards import DeletedGuardManagerWrapper
+
+    made: list[tuple[types.CodeType, types.CodeType]] = []
+    handle = convert_frame.register_bytecode_hook(lambda code, new: made.append((code, new)))
+    try:
+        yield
+    finally:
+        handle.remove()
+        gone = DeletedGuardManagerWrapper("captured for resu_compile and not used any more")
+        for code, compiled in made:
+            for entry in _debug_get_cache_entry_list(code):
+                if entry.code is compiled:
+                    guards: Any = entry.guard_manager
+                    guards.extra_state.invalidate(entry, gone)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, cast
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from resu_compile.errors import (
     check_choice,
     check_known_keys,
     check_number,
+    check_share,
     check_sparsity,
 )
 from resu_compile.methods import Method, get_method
@@ -25,9 +26,11 @@ Predicate = Callable[[str, Tensor], bool]
 DEFAULT_EXCLUDE: tuple[str, ...] = ("*lm_head*",)
 
 
-def _check_selector(value: Any, name: str) -> Names | Predicate | None:
-    if value is None or isinstance(value, str) or callable(value):
+def _check_selector(value: object, name: str) -> Names | Predicate | None:
+    if value is None or isinstance(value, str):
         return value
+    if callable(value):
+        return cast("Predicate", value)
     if isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(v, str) for v in value):
         return tuple(value)
     raise ArgumentTypeError(
@@ -46,17 +49,19 @@ class SparsityConfig:
         scope: ``"layer"`` ranks inside each weight; ``"global"`` over all weights with one
             threshold.
         distribution: how ``sparsity`` is spread with ``scope="layer"``: ``"uniform"`` or ``"erk"``.
-        targets: names, globs or a predicate of the parameters to prune; None means every matmul
-            and convolution weight.
+        targets: names, globs or a predicate that choose among the matmul and convolution weights;
+            None means all of them. A parameter's own full name also takes what is left dense by
+            default (an embedding, a norm, a bias, a head).
         exclude: names, globs or a predicate of the parameters to leave dense.
         overrides: name or glob -> sparsity of those weights; the last match wins.
         min_density: least share of a weight that ``scope="global"`` and ``distribution="erk"``
-            leave active, so that no layer dies. A sparsity asked for by number (uniform, or in
-            ``overrides``) is taken as it is.
+            leave active, so that no layer dies (but never more than 1 - ``sparsity``). The global
+            total stays exact; ERK then keeps a little more. A sparsity asked for by number
+            (uniform, or in ``overrides``) is taken as it is.
         tied: ``"skip"`` leaves a parameter that has several names dense; ``"mask_all"`` masks it
-            once, under its first name.
+            once, under its first name; ties to an embedding stay dense unless targeted by name.
         from_zeros: adopt the zeros that the weights already have; no value changes and
-            ``sparsity`` is not used.
+            ``sparsity`` becomes the share that was found.
         seed: seed of the controller's own random generator.
     """
 
@@ -74,7 +79,7 @@ class SparsityConfig:
 
     def __post_init__(self) -> None:
         """Check every field; the messages name the argument."""
-        check_sparsity(self.sparsity)
+        object.__setattr__(self, "sparsity", check_sparsity(self.sparsity))
         get_method(self.method)
         check_choice(self.scope, ("layer", "global"), name="scope")
         check_choice(self.distribution, DISTRIBUTIONS, name="distribution")
@@ -93,11 +98,21 @@ class SparsityConfig:
                 f"got {self.overrides!r}"
             )
         for pattern, value in self.overrides.items():
-            check_sparsity(value, name=f"overrides[{pattern!r}]")
+            if not isinstance(pattern, str):
+                raise ArgumentTypeError(f"overrides: expected names or globs, got {pattern!r}")
+            check_share(value, name=f"overrides[{pattern!r}]")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ArgumentTypeError(f"seed: expected an int, got {self.seed!r}")
         if not isinstance(self.from_zeros, bool):
             raise ArgumentTypeError(f"from_zeros: expected a bool, got {self.from_zeros!r}")
+
+    def without_predicates(self) -> SparsityConfig:
+        """The same without functions, which a pickle may not hold; they only mattered once."""
+        return replace(
+            self,
+            targets=None if callable(self.targets) else self.targets,
+            exclude=None if callable(self.exclude) else self.exclude,
+        )
 
 
 @dataclass(frozen=True)
@@ -141,7 +156,7 @@ class ResurrectionConfig:
         eps: scale of ``init``, relative to sigma_A.
         freeze_active: True keeps the active weights bit-exactly where they are (no gradient,
             momentum or weight decay); False trains both.
-        betas: decay rates of the Adam rule.
+        betas: decay rates of the Adam rule, in [0, 1).
         adam_eps: term added to the denominator of the Adam rule.
         momentum: momentum of the SGD rule, in [0, 1).
         budget: share of the kept places that the tournament reserves for the resurrected.
@@ -178,11 +193,11 @@ class ResurrectionConfig:
                 )
         check_number(self.eps, name="eps", minimum=0.0)
         check_number(self.adam_eps, name="adam_eps", minimum=0.0)
-        check_number(self.momentum, name="momentum", minimum=0.0, maximum=1.0)
+        check_share(self.momentum, name="momentum")
         if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
-            raise ArgumentError(f"betas: expected two numbers in [0, 1], got {self.betas!r}")
+            raise ArgumentError(f"betas: expected two numbers in [0, 1), got {self.betas!r}")
         for beta in self.betas:
-            check_number(beta, name="betas", minimum=0.0, maximum=1.0)
+            check_share(beta, name="betas")
         object.__setattr__(self, "betas", tuple(self.betas))
         if not isinstance(self.freeze_active, bool):
             raise ArgumentTypeError(f"freeze_active: expected a bool, got {self.freeze_active!r}")

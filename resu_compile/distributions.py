@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from resu_compile.sparsity import keep_count
-
 Shapes = Mapping[str, Sequence[int]]
 
 
@@ -32,15 +30,16 @@ def erk(shapes: Shapes, sparsity: float) -> dict[str, float]:
     rigl/sparse_utils.py.
     """
     numel = {name: math.prod(shape) for name, shape in shapes.items()}
+    zeros = {name: math.floor(sparsity * numel[name]) for name in shapes}
     raw = {name: sum(shape) / numel[name] for name, shape in shapes.items()}
     dense: set[str] = set()
     while True:
         free = [name for name in shapes if name not in dense]
         if not free:
             return dict.fromkeys(shapes, 0.0)
-        ones = sum(keep_count(numel[name], sparsity) for name in free)
-        zeros_owed = sum(numel[name] - keep_count(numel[name], sparsity) for name in dense)
-        eps = (ones - zeros_owed) / sum(raw[name] * numel[name] for name in free)
+        ones = sum(numel[name] - zeros[name] for name in free)
+        owed = sum(zeros[name] for name in dense)
+        eps = (ones - owed) / sum(raw[name] * numel[name] for name in free)
         over = [name for name in free if eps * raw[name] > 1.0]
         if not over:
             density = {name: max(eps * raw[name], 0.0) for name in free}

@@ -47,7 +47,12 @@ class KernelUnavailableError(ResuCompileError, RuntimeError):
     """A kernel was called where it cannot run."""
 
 
-def check_sparsity(value: object, *, name: str = "sparsity") -> float:
+def check_sparsity(value: object) -> float:
+    """``value`` as a float in [0, 1), or an error that names ``sparsity``."""
+    return check_share(value, name="sparsity")
+
+
+def check_share(value: object, *, name: str) -> float:
     """``value`` as a float in [0, 1), or an error that names the argument ``name``."""
     number = check_number(value, name=name, expected="a number in [0, 1)")
     if not 0.0 <= number < 1.0:

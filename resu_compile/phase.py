@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 
-class Phase(str, Enum):
+class Phase(StrEnum):
     """Which graph variant runs and who may move.
 
     DENSE: everything is trained. SPARSE: pruned places stay exactly 0.
@@ -16,19 +16,13 @@ class Phase(str, Enum):
     SPARSE = "sparse"
     RESU = "resu"
 
-    def __str__(self) -> str:
-        return self.value
 
-
-class Routing(str, Enum):
+class Routing(StrEnum):
     """The places of a masked weight that its gradient reaches."""
 
     ALL = "all"
     ACTIVE = "active"
     PRUNED = "pruned"
-
-    def __str__(self) -> str:
-        return self.value
 
     @property
     def keeps_active(self) -> bool:

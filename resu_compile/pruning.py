@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from resu_compile.config import DEFAULT_EXCLUDE, CompileConfig, SparsityConfig
-from resu_compile.errors import ArgumentError, ArgumentTypeError, PhaseError, check_known_keys
+from resu_compile.errors import ArgumentTypeError, PhaseError, check_known_keys
 from resu_compile.methods import Method
 from resu_compile.runtime.allocation import new_masks
 from resu_compile.runtime.controller import Controller, find_controller
 from resu_compile.selection import select
+from resu_compile.state import masked_weight_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Selector = str | Sequence[str] | Callable[[str, Tensor], bool]
@@ -38,7 +40,7 @@ def sparsify(
     seed: int = 0,
     example_inputs: Sequence[Any] | None = None,
     sparse_threshold: float | Literal["auto"] = "auto",
-    compile: bool = True,  # noqa: A002 - the word that users know
+    compile: bool = True,
     **compile_options: Any,
 ) -> ModuleT:
     """Prune ``model``, keep its pruned weights at exactly 0 from here on, and compile its call.
@@ -52,11 +54,12 @@ def sparsify(
         method: ``"magnitude"``, ``"random"``, or an object with ``score(weight, generator)``.
         scope: rank inside each ``"layer"``, or all weights together (``"global"``).
         distribution: ``"uniform"``, or ``"erk"`` (denser small layers), with ``scope="layer"``.
-        targets: names, globs, module names or a predicate (name, parameter) -> bool of the weights
-            to prune; None means every matmul and convolution weight but embeddings.
-        exclude: the same, of weights to leave dense.
+        targets: names, globs, module names or a predicate (name, parameter) -> bool that choose
+            among the matmul and convolution weights; None means all of them. A parameter's own
+            full name also takes what is left dense by default (an embedding, a norm, a bias).
+        exclude: the same, of weights to leave dense; heads named ``lm_head`` by default.
         overrides: name or glob -> sparsity of those weights.
-        min_density: least density that global ranking and ERK leave a weight.
+        min_density: least density that global ranking and ERK leave a weight, up to 1 - sparsity.
         tied: ``"skip"`` leaves parameters with several names dense; ``"mask_all"`` masks them once.
         from_zeros: adopt the zeros that the weights have; no value changes.
         seed: seed of the controller's random generator.
@@ -64,7 +67,8 @@ def sparsify(
             parameters are weights; without them their dimensions and owners do.
         sparse_threshold: ``"auto"`` takes the sparse kernel for inference where it measured faster;
             a number takes it from that sparsity on; 1.0 never.
-        compile: False leaves the model eager; masks and phases work the same.
+        compile: False leaves the model eager; masks and phases work the same. A model that
+            ``torch.compile`` has wrapped keeps its own compiler.
         **compile_options: ``mode``, ``fullgraph``, ``dynamic`` and ``options`` as in
             ``torch.compile``; ``options`` are Inductor's.
 
@@ -76,19 +80,13 @@ def sparsify(
             to prune.
         ArgumentTypeError: an argument has a wrong type.
         WeightError: a weight holds NaN or infinity, lies on meta, or cannot be pruned.
-        PhaseError: the model has a controller already.
+        PhaseError: the model, or a part of it, has a controller already.
 
     On an error, the model is untouched.
     """
-    if not isinstance(model, nn.Module):
-        raise ArgumentTypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise ArgumentTypeError(f"model: expected a plain nn.Module, got {type(model).__name__}")
     check_known_keys(compile_options, COMPILE_OPTIONS, what="compile option")
-    if find_controller(model) is not None:
-        raise PhaseError(
-            "sparsify: expected a model without a controller, but this one has one; "
-            "controller(model).prune(sparsity) prunes again, .release() makes it plain first"
-        )
-    model = getattr(model, "_orig_mod", model)
     config = SparsityConfig(
         sparsity=sparsity,
         method=method,
@@ -96,15 +94,18 @@ def sparsify(
         distribution=distribution,
         targets=targets,  # type: ignore[arg-type]
         exclude=exclude,  # type: ignore[arg-type]
-        overrides=dict(overrides) if isinstance(overrides, Mapping) else overrides or {},  # type: ignore[arg-type]
+        overrides={} if overrides is None else overrides,
         min_density=min_density,
         tied=tied,
         from_zeros=from_zeros,
         seed=seed,
     )
-    compiling = CompileConfig(
-        sparse_threshold, compile_options.get("mode"), dict(compile_options.get("options") or {})
-    )
+    options = {} if (given := compile_options.get("options")) is None else given
+    if not isinstance(options, Mapping):
+        raise ArgumentTypeError(f"options: expected a mapping of Inductor settings, got {given!r}")
+    compiling = CompileConfig(sparse_threshold, compile_options.get("mode"), dict(options))
+    root = getattr(model, "_orig_mod", model)
+    check_plain(root)
     if compile:
         from resu_compile.backend import inductor_patches
 
@@ -113,9 +114,9 @@ def sparsify(
     if example_inputs is not None:
         from resu_compile.capture import capture, captured_parameters
 
-        captured = captured_parameters(capture(model, *_as_tuple(example_inputs)))
-    made = attach_controller(model, config, compiling, captured)
-    if compile:
+        captured = captured_parameters(capture(root, *_as_tuple(example_inputs)))
+    made = attach_controller(root, config, compiling, captured)
+    if compile and root is model:
         made.compile(
             fullgraph=bool(compile_options.get("fullgraph", False)),
             dynamic=compile_options.get("dynamic"),
@@ -130,18 +131,40 @@ def attach_controller(
     captured: Mapping[int, str | None] | None,
 ) -> Controller:
     """Select, prune and mask; nothing is changed before everything is checked."""
-    selection = select(model, config, captured)
-    generator = torch.Generator().manual_seed(config.seed)
-    masks = new_masks(selection.chosen, config, generator)
-    made = Controller(
-        model,
-        [(named, masks[named.name]) for named in selection.chosen],
-        config,
-        selection.skipped,
-        compiling,
-    )
-    made.generator.set_state(generator.get_state())
-    return made
+    check_plain(model)
+    with torch.inference_mode(False):  # masks are for training too
+        selection = select(model, config, captured)
+        generator = torch.Generator().manual_seed(config.seed)
+        masks = new_masks(selection.chosen, config, generator)
+        if config.from_zeros:
+            active = sum(int(mask.sum()) for mask in masks.values())
+            total = sum(mask.numel() for mask in masks.values())
+            found = min(1.0 - active / total, math.nextafter(1.0, 0.0))
+            config = replace(config, from_zeros=False, sparsity=found)
+        return Controller(
+            model,
+            [(named, masks[named.name]) for named in selection.chosen],
+            config,
+            selection.skipped,
+            compiling,
+            generator=generator,
+        )
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise a ``PhaseError`` if the model, a part of it, or a model around it has a controller."""
+    for name, module in model.named_modules():
+        if find_controller(module) is not None:
+            raise PhaseError(
+                f"model: expected one without a controller, but {name or 'it'} has one; "
+                "controller(...).prune(sparsity) prunes again, .release() makes it plain first"
+            )
+    for name, parameter in model.named_parameters():
+        if masked_weight_of(parameter) is not None:
+            raise PhaseError(
+                f"model: expected one without a controller, but {name} belongs to the controller "
+                "of a model around this one; sparsify that one with targets=..., or release it"
+            )
 
 
 def _as_tuple(example_inputs: Any) -> tuple[Any, ...]:
@@ -149,9 +172,7 @@ def _as_tuple(example_inputs: Any) -> tuple[Any, ...]:
         return tuple(example_inputs)
     if isinstance(example_inputs, Tensor):
         return (example_inputs,)
-    raise ArgumentError(
+    raise ArgumentTypeError(
         f"example_inputs: expected a tuple of the positional inputs of one call, "
         f"got {type(example_inputs).__name__}"
     )
-
-

@@ -22,12 +22,13 @@ def keep_count(numel: int, sparsity: float) -> int:
     return int((1.0 - sparsity) * numel)
 
 
-def topk_mask(score: Tensor, k: int) -> Tensor:
+def topk_mask(score: Tensor, k: int, first: Tensor | None = None) -> Tensor:
     """True at the ``k`` highest scores; ties fall to the lower row-major index.
 
     Args:
-        score: floating point, any shape, free of NaN. ``-inf`` marks places that come last.
+        score: floating point, any shape, free of NaN.
         k: number of True entries, in [0, score.numel()].
+        first: bool, shape of ``score``; these places come before all others, whatever they score.
 
     Returns:
         bool mask of the shape of ``score`` with exactly ``k`` True entries.
@@ -38,13 +39,16 @@ def topk_mask(score: Tensor, k: int) -> Tensor:
     numel = score.numel()
     if not 0 <= k <= numel:
         raise ArgumentError(f"k: expected an integer in [0, {numel}], got {k}")
+    if first is not None:
+        n_first = int(first.sum())
+        if k <= n_first:
+            return topk_mask(only_at(score, first), k)
+        return first | topk_mask(only_at(score, ~first), k - n_first)
     if k == numel:
         return torch.ones_like(score, dtype=torch.bool)
     if k == 0:
         return torch.zeros_like(score, dtype=torch.bool)
-    flat = score.detach().reshape(-1)
-    if flat.dtype in (torch.float16, torch.bfloat16):
-        flat = flat.float()  # exact, and selection is implemented for float32 on every device
+    flat = _as_float(score).reshape(-1)
     threshold = torch.kthvalue(flat, numel - k + 1).values
     above = flat > threshold
     ties = flat == threshold
@@ -53,8 +57,22 @@ def topk_mask(score: Tensor, k: int) -> Tensor:
     return mask.view(score.shape)
 
 
+def only_at(score: Tensor, places: Tensor) -> Tensor:
+    """``score`` at ``places`` and ``-inf`` elsewhere; its own ``-inf`` still rank above those."""
+    return score.clamp(min=torch.finfo(score.dtype).min).masked_fill(~places, -torch.inf)
+
+
+def _as_float(score: Tensor) -> Tensor:
+    """float64 stays; all else becomes float32, which is exact for 16 bits and known everywhere."""
+    score = score.detach()
+    return score if score.dtype == torch.float64 else score.float()
+
+
 def global_topk_masks(
-    scores: Mapping[str, Tensor], keep: int, floors: Mapping[str, int]
+    scores: Mapping[str, Tensor],
+    keep: int,
+    floors: Mapping[str, int],
+    first: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """One threshold over all ``scores``, while no weight falls under its floor.
 
@@ -62,26 +80,28 @@ def global_topk_masks(
     best of all remaining entries. Ties fall to the earlier weight, then to the lower index.
 
     Args:
-        scores: name -> score tensor, any shapes; all on one device.
+        scores: name -> score tensor free of NaN, any shapes; all on one device.
         keep: total number of entries to keep over all weights.
         floors: name -> least number of entries that weight keeps.
+        first: name -> bool mask of the places that come before all others, whatever they score.
 
     Returns:
         name -> bool mask; the masks hold ``max(keep, sum of floors)`` True entries in total.
     """
-    reserved = {name: topk_mask(score, floors[name]) for name, score in scores.items()}
+    if first is None:
+        first = {name: torch.ones_like(score, dtype=torch.bool) for name, score in scores.items()}
+    reserved = {name: topk_mask(scores[name], floors[name], first[name]) for name in scores}
+    flat = torch.cat([_as_float(score).reshape(-1) for score in scores.values()])  # cat promotes
+    taken = torch.cat([reserved[name].reshape(-1) for name in scores])
+    leading = torch.cat([first[name].reshape(-1) for name in scores]) & ~taken
     open_slots = max(keep - sum(floors[name] for name in scores), 0)
-    rest = torch.cat(
-        [
-            score.float().masked_fill(reserved[name], -torch.inf).reshape(-1)
-            for name, score in scores.items()
-        ]
-    )
-    chosen = topk_mask(rest, open_slots)
-    masks: dict[str, Tensor] = {}
-    start = 0
-    for name, score in scores.items():
-        end = start + score.numel()
-        masks[name] = reserved[name] | chosen[start:end].view(score.shape)
-        start = end
-    return masks
+    n_leading = int(leading.sum())
+    if open_slots <= n_leading:
+        chosen = topk_mask(only_at(flat, leading), open_slots)
+    else:
+        chosen = leading | topk_mask(only_at(flat, ~(leading | taken)), open_slots - n_leading)
+    sizes = [score.numel() for score in scores.values()]
+    return {
+        name: reserved[name] | part.view(reserved[name].shape)
+        for name, part in zip(scores, chosen.split(sizes), strict=True)
+    }

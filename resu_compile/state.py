@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from resu_compile.errors import WeightError
 from resu_compile.kernels.effective_weight import route_gradient
 from resu_compile.kernels.mask_bits import pack_mask, unpack_mask, zero_where_
 from resu_compile.phase import Routing
+from resu_compile.selection import NamedWeight
 
 if TYPE_CHECKING:
     from resu_compile.runtime.controller import Controller
@@ -39,34 +41,41 @@ def registry_epoch() -> int:
 class MaskedWeight:
     """A parameter with a mask.
 
+    The parameter is held weakly and found through the module that owns it; the controller is held,
+    so that masks last as long as any of their weights is in use.
+
     Attributes:
         name: first name of the parameter in its model.
+        aliases: its other names.
+        attribute: the parameter's name in the module that owns it.
+        controller: the controller that this weight belongs to.
+        shape: shape of the parameter.
         bits: uint8, the packed mask (kernels/mask_bits.py), on the parameter's device.
         nnz: number of active entries.
         mask_version: grows with every change of the mask.
+        step_count: grows with every optimizer step; fused optimizers write a parameter without
+            changing its ``_version``.
+        backward_count: grows with every gradient that arrives.
     """
 
-    def __init__(
-        self,
-        name: str,
-        owner: nn.Module,
-        attribute: str,
-        mask: Tensor,
-        controller: Controller,
-    ) -> None:
-        self.name = name
-        self.attribute = attribute
+    def __init__(self, named: NamedWeight, mask: Tensor, controller: Controller) -> None:
+        self.name = named.name
+        self.aliases = named.aliases
+        self.attribute = named.attribute
+        self.controller = controller
         self.shape = mask.shape
         self.bits = pack_mask(mask)
         self.nnz = int(mask.sum())
         self.mask_version = 0
-        self._owner = weakref.ref(owner)
-        self._controller = weakref.ref(controller)
+        self.step_count = 0
+        self.backward_count = 0
+        self._owner = weakref.ref(named.owner)
         self._parameter: weakref.ref[nn.Parameter] | None = None
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._clean_value_version = -1
+        self._handles: list[RemovableHandle] = []
+        self._clean_value: tuple[int, int] | None = None
         self._graph_gradient: tuple[int, int, int, Routing] | None = None
         self._clean_gradient: tuple[weakref.ref[Tensor], int, Routing] | None = None
+        self._sum_is_clean = False
         self.bind()
 
     # -- the parameter -----------------------------------------------------------------------
@@ -79,13 +88,6 @@ class MaskedWeight:
         return found
 
     @property
-    def controller(self) -> Controller:
-        """The controller that this weight belongs to."""
-        found = self._controller()
-        assert found is not None, "a masked weight outlived its controller"
-        return found
-
-    @property
     def parameter(self) -> nn.Parameter:
         """The parameter as the model holds it now; its masks and hooks follow it."""
         owner = self._owner()
@@ -93,11 +95,21 @@ class MaskedWeight:
         if current is None:
             raise WeightError(
                 f"{self.name}: expected the model to still hold this parameter, found none; "
-                "call controller(model).release() before removing a masked parameter"
+                "controller(model).release() makes the model plain, then sparsify(model, "
+                "from_zeros=True) takes it up as it is now"
             )
         if self._parameter is None or current is not self._parameter():
             self.bind()
         return current
+
+    def refresh(self, zero: bool) -> None:
+        """Catch up with what happened to the parameter; ``zero`` makes its pruned entries 0."""
+        parameter = self.parameter
+        if not isinstance(parameter, nn.Parameter):
+            return  # the tensors that torch.func.functional_call puts here are the caller's
+        self.follow(parameter)
+        if zero:
+            self.enforce_zeros(parameter)
 
     def bind(self) -> None:
         """Attach to the parameter that the owner holds now (``to_empty`` and swaps make new ones).
@@ -108,18 +120,18 @@ class MaskedWeight:
         global _registry_epoch
         owner = self._owner()
         parameter = None if owner is None else owner._parameters.get(self.attribute)
-        if parameter is None:
-            return
+        if not isinstance(parameter, nn.Parameter):
+            return  # gone, or lent by torch.func.functional_call
         if parameter.shape != self.shape:
             raise WeightError(
                 f"{self.name}: expected shape {tuple(self.shape)} of its mask, the parameter is "
-                f"now {tuple(parameter.shape)}; release() the controller and sparsify again"
+                f"now {tuple(parameter.shape)}; controller(model).release() and sparsify again"
             )
         self.unbind()
         self._parameter = weakref.ref(parameter)
         _REGISTRY[parameter] = self
         _registry_epoch += 1
-        self._clean_value_version = -1
+        self._clean_value = None
         self._attach_hooks(parameter)
 
     def unbind(self) -> None:
@@ -129,8 +141,8 @@ class MaskedWeight:
             handle.remove()
         self._handles = []
         old = None if self._parameter is None else self._parameter()
-        if old is not None:
-            _REGISTRY.pop(old, None)
+        if old is not None and _REGISTRY.get(old) is self:
+            del _REGISTRY[old]
             _registry_epoch += 1
         self._parameter = None
 
@@ -146,7 +158,11 @@ class MaskedWeight:
         if parameter.requires_grad and not self._handles:
             self._attach_hooks(parameter)
         if self.bits.device != parameter.device and parameter.device.type != "meta":
-            self.bits = self.bits.to(parameter.device)
+            self._move_bits(parameter.device)
+
+    def _move_bits(self, device: torch.device) -> None:
+        with torch.inference_mode(False):  # masks outlive a model's first call
+            self.bits = self.bits.to(device)
 
     # -- the mask ----------------------------------------------------------------------------
     @property
@@ -170,26 +186,32 @@ class MaskedWeight:
             self.bits.copy_(pack_mask(mask.to(self.bits.device)))
         self.nnz = int(mask.sum())
         self.mask_version += 1
-        self._clean_value_version = -1
+        self._clean_value = None
         self._clean_gradient = None
 
     # -- the value ---------------------------------------------------------------------------
+    def content_key(self) -> tuple[int, int, int, int, torch.device]:
+        """Changes whenever the masked value may have; for caches of what is made from it."""
+        parameter = self.parameter
+        version, address = _stamp(parameter)
+        return (version, address, self.step_count, self.mask_version, parameter.device)
+
     def enforce_zeros(self, parameter: nn.Parameter) -> None:
         """Make the pruned entries exactly 0, unless nothing was written since the last time."""
-        if parameter._version == self._clean_value_version:
+        if _stamp(parameter) == self._clean_value:
             return
         if parameter.device.type != "meta":
             with torch.no_grad():
                 zero_where_(parameter, self.bits, True)
-        self._clean_value_version = parameter._version
+        self._clean_value = _stamp(parameter)
 
     def trust_value(self, parameter: nn.Parameter) -> None:
         """Note that whatever wrote the parameter last left the pruned entries at 0."""
-        self._clean_value_version = parameter._version
+        self._clean_value = _stamp(parameter)
 
     def distrust_value(self) -> None:
         """Note that the pruned entries may hold anything."""
-        self._clean_value_version = -1
+        self._clean_value = None
 
     # -- the gradient ------------------------------------------------------------------------
     def note_graph_gradient(self, grad: Tensor, routing: Routing) -> None:
@@ -201,35 +223,43 @@ class MaskedWeight:
         task = torch._C._current_graph_task_id()
         self._graph_gradient = (grad.data_ptr(), grad._version, task, routing)
 
-    def _mask_gradient(self, grad: Tensor) -> Tensor | None:
+    def _mask_gradient(self, grad: Tensor | None) -> Tensor | None:
         """Tensor hook: route the gradient before it is accumulated, clipped or reduced."""
+        if grad is None:  # an autograd.Function said that there is none
+            return None
         routing = self.controller.routing
-        parameter = self.parameter
-        before = parameter.grad
-        clean_so_far = before is None or self._is_clean(before, routing)
         known, self._graph_gradient = self._graph_gradient, None
+        self.backward_count += 1
+        parameter = None if self._parameter is None else self._parameter()
+        before = None if parameter is None else parameter.grad
+        self._sum_is_clean = (before is None or self._is_clean(before, routing)) and (
+            parameter is not None and self._is_last_hook(parameter)
+        )
         self._clean_gradient = None
         if routing is Routing.ALL:
             return None
-        self._accumulating_clean = clean_so_far
         task = torch._C._current_graph_task_id()
         if known == (grad.data_ptr(), grad._version, task, routing):
             return None
         if self.bits.device != grad.device:
-            self.bits = self.bits.to(grad.device)
-        masked: Tensor = route_gradient(
-            grad, self.bits, routing.keeps_active
-        )
+            self._move_bits(grad.device)
+        masked: Tensor = route_gradient(grad, self.bits, routing.keeps_active)
         return masked
+
+    def _is_last_hook(self, parameter: nn.Parameter) -> bool:
+        """False if a hook of the user's rewrites the gradient after ours."""
+        hooks = parameter._backward_hooks
+        return hooks is not None and next(reversed(hooks)) == self._handles[0].id  # type: ignore[call-overload]
 
     def _note_accumulated(self, parameter: Tensor) -> None:
         """Post-accumulate hook: remember that ``parameter.grad`` is masked as it stands."""
         grad = parameter.grad
-        routing = self.controller.routing
-        if routing is not Routing.ALL and grad is not None and self._accumulating_clean:
-            self._clean_gradient = (weakref.ref(grad), grad._version, routing)
+        if grad is not None and self._sum_is_clean:
+            self._note_clean(grad, self.controller.routing)
 
-    _accumulating_clean = False
+    def _note_clean(self, grad: Tensor, routing: Routing) -> None:
+        if routing is not Routing.ALL:
+            self._clean_gradient = (weakref.ref(grad), grad._version, routing)
 
     def _is_clean(self, grad: Tensor, routing: Routing) -> bool:
         known = self._clean_gradient
@@ -240,9 +270,29 @@ class MaskedWeight:
             and known[2] is routing
         )
 
-    def clean_gradient(self, grad: Tensor, routing: Routing) -> None:
-        """Mask ``grad`` in place unless it is known to be masked (clipping and noise rewrite it)."""
-        if routing is Routing.ALL or self._is_clean(grad, routing):
+    def clean_gradient(self, parameter: nn.Parameter, routing: Routing) -> None:
+        """Mask ``parameter.grad`` unless nothing was written since it was (clipping, noise)."""
+        grad = parameter.grad
+        if grad is None or routing is Routing.ALL or self._is_clean(grad, routing):
             return
         with torch.no_grad():
-            zero_where_(grad, self.bits, routing.keeps_active)
+            if _is_expanded(grad):  # no room for a zero of its own
+                grad = parameter.grad = route_gradient(grad, self.bits, routing.keeps_active)
+            else:
+                zero_where_(grad, self.bits, routing.keeps_active)
+        self._note_clean(grad, routing)
+
+    def gradient_is_clean(self, parameter: nn.Parameter, routing: Routing) -> bool:
+        """True if ``parameter.grad`` is absent, or has not been written since it was masked."""
+        return parameter.grad is None or self._is_clean(parameter.grad, routing)
+
+
+def _stamp(parameter: Tensor) -> tuple[int, int]:
+    """Changes when autograd sees a write, and when ``.data`` is replaced."""
+    return (parameter._version, parameter.data_ptr())
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    return any(
+        step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import random
 import sysconfig
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ class Training:
 
     def lr_at(self, step: int) -> float:
         """Learning rate of ``step``, in [0, ``lr``]."""
-        warm_up = min(1.0, (step + 1) / (0.05 * self.steps))
+        warm_up = min(1.0, (step + 1) / max(1.0, 0.05 * self.steps))
         return self.lr * warm_up * (0.1 + 0.45 * (1.0 + math.cos(math.pi * step / self.steps)))
 
 
@@ -55,26 +56,38 @@ class Score:
     loss: float
 
 
-class Task(Protocol):
-    """What the training loop needs to know about a task."""
+@dataclass(frozen=True)
+class Task(ABC):
+    """What the training loop needs to know: data, model and settings.
 
-    name: str
-    title: str
-    metric: str
-    higher_is_better: bool
+    Attributes:
+        training: how the task is trained.
+        device: where model and data live.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    metric: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+
     training: Training
+    device: str = "cpu"
 
+    @abstractmethod
     def build(self, seed: int) -> nn.Module:
         """A fresh model; the same ``seed`` gives the same weights."""
 
+    @abstractmethod
     def batches(self, seed: int) -> Iterator[Batch]:
         """Endless training batches; the same ``seed`` gives the same order."""
 
-    def evaluate(self, model: nn.Module) -> Score:
-        """Score on the held-out data."""
+    @abstractmethod
+    def evaluate(self, model: nn.Module, *, quick: bool = False) -> Score:
+        """Score on the held-out data, or on a fixed part of it if ``quick``."""
 
+    @abstractmethod
     def example(self) -> Tensor:
-        """A held-out input, for export and timing."""
+        """One held-out input, as a batch of one, for export and timing."""
 
 
 def batch_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -103,16 +116,15 @@ class DigitClassifier(nn.Module):
 
 
 @dataclass(frozen=True)
-class Digits:
+class Digits(Task):
     """1797 images of 8 x 8 pixels, ten classes; a third is held out."""
 
-    training: Training
-    device: str = "cpu"
+    name = "digits"
+    title = "Handwritten digits"
+    metric = "accuracy"
+    higher_is_better = True
+
     width: int = 128
-    name: str = "digits"
-    title: str = "Handwritten digits"
-    metric: str = "accuracy"
-    higher_is_better: bool = True
     train: Batch = field(init=False, repr=False)
     held_out: Batch = field(init=False, repr=False)
 
@@ -146,7 +158,7 @@ class Digits:
                 chosen = order[start : start + size]
                 yield pixels[chosen], labels[chosen]
 
-    def evaluate(self, model: nn.Module) -> Score:
+    def evaluate(self, model: nn.Module, *, quick: bool = False) -> Score:  # noqa: ARG002
         """Share of held-out images that are recognised, and the mean loss."""
         pixels, labels = self.held_out
         logits = model(pixels)
@@ -154,8 +166,8 @@ class Digits:
         return Score(accuracy, batch_loss(logits, labels).item())
 
     def example(self) -> Tensor:
-        """One batch of held-out images."""
-        return self.held_out[0][: self.training.batch_size]
+        """One held-out image."""
+        return self.held_out[0][:1]
 
 
 # -- bytes of the standard library -----------------------------------------------------------
@@ -230,20 +242,19 @@ class ByteGPT(nn.Module):
 
 
 @dataclass(frozen=True)
-class Bytes:
+class Bytes(Task):
     """Predict the next byte of Python source; one file in ten is held out."""
 
-    training: Training
-    device: str = "cpu"
+    name = "bytes"
+    title = "Bytes of Python's standard library"
+    metric = "bits per byte"
+    higher_is_better = False
+
     width: int = 128
     layers: int = 3
     heads: int = 4
     context: int = 128
-    eval_batches: int = 16
-    name: str = "bytes"
-    title: str = "Bytes of Python's standard library"
-    metric: str = "bits per byte"
-    higher_is_better: bool = False
+    eval_batches: int = 24
     train: Tensor = field(init=False, repr=False)
     held_out: Tensor = field(init=False, repr=False)
 
@@ -268,11 +279,12 @@ class Bytes:
             starts = torch.randint(last, (self.training.batch_size,), generator=generator)
             yield self._windows(self.train, starts)
 
-    def evaluate(self, model: nn.Module) -> Score:
-        """Bits per byte over windows spread evenly over the held-out text."""
+    def evaluate(self, model: nn.Module, *, quick: bool = False) -> Score:
+        """Bits per byte over windows spread evenly over the held-out text; ``quick``: a quarter."""
         size = self.training.batch_size
         last = self.held_out.numel() - self.context - 1
-        starts = torch.linspace(0, last, self.eval_batches * size).long()
+        batches = max(1, self.eval_batches // 4) if quick else self.eval_batches
+        starts = torch.linspace(0, last, batches * size, dtype=torch.float64).long()
         losses = []
         for part in starts.split(size):
             tokens, target = self._windows(self.held_out, part)
@@ -281,9 +293,8 @@ class Bytes:
         return Score(loss / math.log(2.0), loss)
 
     def example(self) -> Tensor:
-        """One batch of held-out windows."""
-        starts = torch.arange(self.training.batch_size) * self.context
-        return self._windows(self.held_out, starts)[0]
+        """One held-out window."""
+        return self._windows(self.held_out, torch.zeros(1, dtype=torch.int64))[0]
 
     def _windows(self, text: Tensor, starts: Tensor) -> Batch:
         offsets = torch.arange(self.context + 1, device=text.device)
@@ -332,7 +343,7 @@ def make_task(name: str, size: str, device: str) -> Task:
     if name == "digits":
         return Digits(Training(steps=600, batch_size=64, lr=2e-3, weight_decay=0.01), device)
     if size == "small":
-        training = Training(steps=400, batch_size=16, lr=2e-3, weight_decay=0.1)
+        training = Training(steps=600, batch_size=16, lr=3e-3, weight_decay=0.1)
         return Bytes(training, device)
     training = Training(2000, batch_size=64, lr=1e-3, weight_decay=0.1, autocast=device != "cpu")
-    return Bytes(training, device, width=384, layers=6, heads=6, context=256, eval_batches=50)
+    return Bytes(training, device, width=384, layers=6, heads=6, context=256, eval_batches=80)

@@ -19,6 +19,8 @@ except ImportError:
 
 HAS_TRITON = triton is not None
 
+__all__ = ["HAS_TRITON", "cdiv", "jit", "tl"]
+
 
 class _Unavailable:
     """Stands where a Triton kernel would; indexing it with a grid raises."""

@@ -66,7 +66,7 @@ def check_bits(bits: Tensor, numel: int) -> None:
 
 # -- Triton ----------------------------------------------------------------------------------
 @jit
-def _zero_where_kernel(x_ptr, bits_ptr, numel, KEEP: "tl.constexpr", BLOCK: "tl.constexpr"):
+def _zero_where_kernel(x_ptr, bits_ptr, numel, KEEP: tl.constexpr, BLOCK: tl.constexpr):
     # int64: stacked expert weights pass 2**31 elements
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offs < numel

@@ -18,6 +18,6 @@ class Magnitude:
     Source: Han et al. 2015, https://arxiv.org/abs/1506.02626
     """
 
-    def score(self, weight: Tensor, generator: torch.Generator) -> Tensor:
+    def score(self, weight: Tensor, generator: torch.Generator) -> Tensor:  # noqa: ARG002
         """|w|, shape and dtype of ``weight``."""
         return weight.detach().abs()

@@ -5,6 +5,7 @@
                                               return F.linear(x, w_eff)
 
 The packed mask becomes an input of the graph: a commit changes its bytes and compiles nothing.
+A weight that the graph returns or writes to is left alone: eager code masks its gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ import torch
 from torch import fx
 
 from resu_compile.passes.base import PassReport
-from resu_compile.passes.fx_utils import append_placeholder, copy_graph_module
+from resu_compile.passes.fx_utils import (
+    append_placeholder,
+    changed_in_place,
+    copy_graph_module,
+    returned,
+)
 from resu_compile.phase import Routing
 
 
@@ -37,6 +43,10 @@ def route_gradients(
     report = PassReport("effective_weight")
     result = copy_graph_module(gm)
     placeholders = result.graph.find_nodes(op="placeholder")
+    escaping = {
+        **dict.fromkeys(returned(result.graph), "the graph returns it"),
+        **dict.fromkeys(changed_in_place(result.graph), "the graph writes to it"),
+    }
     taken = []
     for index, routing in routings.items():
         weight = placeholders[index]
@@ -46,8 +56,10 @@ def route_gradients(
         if not weight.users:
             report.skipped[weight.name] = "not used in this graph"
             continue
+        if index in escaping:  # what was read through effective_weight would be another tensor
+            report.skipped[weight.name] = f"{escaping[index]}; its gradient is masked outside"
+            continue
         bits = append_placeholder(result.graph, f"{weight.name}_bits")
-        users = [user for user in weight.users if user.op != "output"]
         with result.graph.inserting_after(bits):
             effective = result.graph.call_function(
                 torch.ops.resu_compile.effective_weight.default,
@@ -55,8 +67,9 @@ def route_gradients(
             )
         if "example_value" in weight.meta:
             effective.meta["example_value"] = weight.meta["example_value"]
-        for user in users:  # a returned weight stays itself: it must alias the input
-            user.replace_input_with(weight, effective)
+        for user in list(weight.users):
+            if user is not effective:
+                user.replace_input_with(weight, effective)
         taken.append(index)
         report.rewritten[weight.name] = f"effective_weight({routing})"
     result.graph.lint()

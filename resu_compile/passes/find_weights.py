@@ -1,95 +1,97 @@
 """Analysis: which matmuls and convolutions of a graph multiply by which input, however spelled.
 
-    def forward(x, w, b):                        WeightSite(weight=w, op="addmm",
-        return torch.addmm(b, x, w.t())   ==>        views=("t",), form="linear")
+    def forward(x, w, b):                        WeightSite(weight="w", op="addmm", views=("t",),
+        return torch.addmm(b, x, w.t())   ==>        form="matmul_right", x=x, matrix=t, bias=b)
 
-Nothing is rewritten. A weight is followed through views (t, permute, reshape, slice, chunk, expand)
-and into the bodies of higher-order ops such as activation checkpointing.
+Nothing is rewritten. A weight is followed through views (t, permute, reshape, slice, chunk,
+expand), casts and concatenations, and into the bodies of higher-order ops such as activation
+checkpointing. An input that is only added, or that a linear layer is applied to, is no weight.
 """
 
 from __future__ import annotations
 
+import inspect
 import operator
 import time
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, fx
+import torch.nn.functional as F
+from torch import fx
 
 from resu_compile.passes.base import PassReport
+from resu_compile.passes.fx_utils import VIEWS, call_name, changed_in_place, dims, first_operand
 
-Form = Literal["linear", "matmul_right", "matmul_left", "addmm"]
+Form = Literal["linear", "matmul_right", "matmul_left"]
 
-_MATMULS: dict[Any, str] = {
-    F.linear: "linear",
-    torch._C._nn.linear: "linear",
-    torch.matmul: "matmul",
-    operator.matmul: "matmul",
-    torch.mm: "mm",
-    torch.mv: "mv",
-    torch.bmm: "bmm",
-    torch.addmm: "addmm",
-    torch.baddbmm: "baddbmm",
-    torch.addbmm: "addbmm",
-    torch.chain_matmul: "chain_matmul",
-    torch.einsum: "einsum",
-    torch.functional.einsum: "einsum",
-    torch.tensordot: "tensordot",
-    torch.functional.tensordot: "tensordot",
-    F.bilinear: "bilinear",
-    torch.bilinear: "bilinear",
-    F.multi_head_attention_forward: "multi_head_attention",
-    torch.conv1d: "conv1d",
-    torch.conv2d: "conv2d",
-    torch.conv3d: "conv3d",
-    F.conv1d: "conv1d",
-    F.conv2d: "conv2d",
-    F.conv3d: "conv3d",
-    torch.conv_transpose1d: "conv_transpose1d",
-    torch.conv_transpose2d: "conv_transpose2d",
-    torch.conv_transpose3d: "conv_transpose3d",
-    F.conv_transpose1d: "conv_transpose1d",
-    F.conv_transpose2d: "conv_transpose2d",
-    F.conv_transpose3d: "conv_transpose3d",
-    torch.lstm: "lstm",
-    torch.gru: "gru",
-    torch.rnn_tanh: "rnn_tanh",
-    torch.rnn_relu: "rnn_relu",
-    torch._VF.lstm: "lstm",
-    torch._VF.gru: "gru",
+_FUNCTIONS: dict[str, tuple[Any, ...]] = {
+    "linear": (F.linear, torch._C._nn.linear),
+    "matmul": (torch.matmul, operator.matmul, torch.linalg.matmul),
+    "mm": (torch.mm,),
+    "mv": (torch.mv,),
+    "bmm": (torch.bmm,),
+    "addmm": (torch.addmm,),
+    "addmv": (torch.addmv,),
+    "baddbmm": (torch.baddbmm,),
+    "addbmm": (torch.addbmm,),
+    "inner": (torch.inner,),
+    "chain_matmul": (torch.chain_matmul, torch.linalg.multi_dot),
+    "einsum": (torch.einsum, torch.functional.einsum),
+    "tensordot": (torch.tensordot, torch.functional.tensordot),
+    "bilinear": (F.bilinear, torch.bilinear),
+    "multi_head_attention": (F.multi_head_attention_forward, torch._native_multi_head_attention),
+    "transformer_encoder_layer": (torch._transformer_encoder_layer_fwd,),
+    "conv1d": (torch.conv1d, F.conv1d),
+    "conv2d": (torch.conv2d, F.conv2d),
+    "conv3d": (torch.conv3d, F.conv3d),
+    "conv_transpose1d": (torch.conv_transpose1d, F.conv_transpose1d),
+    "conv_transpose2d": (torch.conv_transpose2d, F.conv_transpose2d),
+    "conv_transpose3d": (torch.conv_transpose3d, F.conv_transpose3d),
+    "convolution": (torch.convolution, torch._convolution),
+    "lstm": (torch.lstm, torch._VF.lstm),
+    "gru": (torch.gru, torch._VF.gru),
+    "rnn_tanh": (torch.rnn_tanh, torch._VF.rnn_tanh),
+    "rnn_relu": (torch.rnn_relu, torch._VF.rnn_relu),
+    # grouped experts and scaled products; not in every release
+    "grouped_mm": tuple(
+        getattr(holder, name)
+        for name in ("grouped_mm", "_grouped_mm")
+        for holder in (torch, F)
+        if hasattr(holder, name)
+    ),
+    "scaled_mm": (torch._scaled_mm,),
 }
-for _name in ("_grouped_mm", "_scaled_mm"):  # grouped experts; not in every release
-    for _holder in (torch, F, torch._C._nn):
-        if hasattr(_holder, _name):
-            _MATMULS[getattr(_holder, _name)] = _name.strip("_")
-if hasattr(F, "grouped_mm"):
-    _MATMULS[F.grouped_mm] = "grouped_mm"
-
-_MATMUL_METHODS = {
-    "matmul": "matmul",
-    "__matmul__": "matmul",
-    "__rmatmul__": "matmul",
-    "mm": "mm",
-    "mv": "mv",
-    "bmm": "bmm",
-    "addmm": "addmm",
-    "addmm_": "addmm",
-    "baddbmm": "baddbmm",
-    "addbmm": "addbmm",
+_MATMULS = {function: op for op, functions in _FUNCTIONS.items() for function in functions}
+_METHODS = {
+    name: op
+    for op in ("matmul", "mm", "mv", "bmm", "addmm", "addmv", "baddbmm", "addbmm", "inner")
+    for name in (op, f"{op}_", f"__{op}__")
 }
 
-_VIEWS = frozenset(
-    "t transpose swapaxes swapdims permute adjoint reshape view view_as reshape_as flatten unflatten "
-    "squeeze unsqueeze expand expand_as narrow select chunk split tensor_split unbind contiguous "
-    "clone detach alias to type type_as float half bfloat16 double movedim moveaxis index_select "
-    "unfold repeat ravel cuda cpu broadcast_to requires_grad_ slice "
-    "getitem getattr stack cat concat".split()
+_CONV = ("input", "weight", "bias")
+# operands by name, in the order of each signature
+_NAMES: dict[str, tuple[str, ...]] = {
+    "linear": ("input", "weight", "bias"),
+    "bilinear": ("input1", "input2", "weight", "bias"),
+    "matmul": ("input", "other"),
+    "mm": ("input", "mat2"),
+    "addmm": ("input", "mat1", "mat2"),
+    "addmv": ("input", "mat", "vec"),
+    "baddbmm": ("input", "batch1", "batch2"),
+    "addbmm": ("input", "batch1", "batch2"),
+    "multi_head_attention": tuple(inspect.signature(F.multi_head_attention_forward).parameters),
+    "convolution": _CONV,
+    **{op: _CONV for op in _FUNCTIONS if op.startswith("conv") and op != "convolution"},
+}
+_PROJECTIONS = tuple(name for name in _NAMES["multi_head_attention"] if name.endswith("_weight"))
+
+_TRANSPOSES = frozenset({"t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute", "adjoint"})
+_KEEPS = frozenset(
+    {"contiguous", "clone", "detach", "alias", "get_data_attr", "data", "requires_grad_"}
 )
-_TRANSPOSES = frozenset("t T mT transpose swapaxes swapdims permute adjoint".split())
-_KEEPS = frozenset("contiguous clone detach alias requires_grad_".split())
+_JOINS = frozenset({"stack", "cat", "concat", "concatenate", "hstack", "vstack"})
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,13 @@ class WeightSite:
         node: the node that multiplies; inside a higher-order op, the node of its body.
         op: name of the operation.
         views: what lies between the weight and the operation, in order.
-        form: how a sparse kernel for ``y = x W^T`` could stand in; None if it cannot.
-        transposed: True if W of ``y = x W^T`` is the transpose of the parameter.
+        form: how a sparse kernel for ``y = x W^T + b`` could stand in, None if it cannot:
+            ``"linear"`` has W itself as ``matrix``, ``"matmul_right"`` x @ matrix with its
+            transpose, ``"matmul_left"`` matrix @ x with W itself and x and y transposed.
+        transposed: True if W is the transpose of the parameter.
+        x: the other operand, if there is a form.
+        matrix: the operand that is a view of the weight, if there is a form.
+        bias: a vector to add, if there is a form and a bias.
         reason: why ``form`` is None.
     """
 
@@ -114,12 +121,18 @@ class WeightSite:
     views: tuple[str, ...] = ()
     form: Form | None = None
     transposed: bool = False
+    x: fx.Node | None = None
+    matrix: fx.Node | None = None
+    bias: fx.Node | None = None
     reason: str = ""
 
 
 @dataclass(frozen=True)
 class _Lineage:
-    """A value that is a view of the placeholder ``index``."""
+    """A value that comes from the placeholder ``index``.
+
+    ``whole`` says that it is the matrix itself or, if ``transposed``, its transpose.
+    """
 
     index: int
     views: tuple[str, ...] = ()
@@ -129,9 +142,10 @@ class _Lineage:
 
 @dataclass
 class _Search:
-    module: torch.nn.Module
     names: list[str]
+    written: frozenset[int]
     sites: list[WeightSite] = field(default_factory=list)
+    used: dict[int, set[str]] = field(default_factory=dict)
 
 
 def find_weights(
@@ -152,10 +166,9 @@ def find_weights(
     placeholders = gm.graph.find_nodes(op="placeholder")
     names = [node.name for node in placeholders]
     if candidates is None:
-        candidates = [i for i, node in enumerate(placeholders) if _dims(node) >= 2]
-    lineage = {placeholders[i]: _Lineage(i) for i in candidates}
-    search = _Search(gm, names)
-    used = _walk(gm.graph, lineage, search, nested=False)
+        candidates = [i for i, node in enumerate(placeholders) if dims(node) >= 2]
+    search = _Search(names, frozenset(changed_in_place(gm.graph)))
+    _walk(gm, {placeholders[i]: (_Lineage(i),) for i in candidates}, search, nested=False)
     report = PassReport("find_weights")
     for site in search.sites:
         report.rewritten[site.weight] = ", ".join(
@@ -163,7 +176,7 @@ def find_weights(
         )
     for index in candidates:
         if names[index] not in report.rewritten:
-            others = used.get(index)
+            others = search.used.get(index)
             report.skipped[names[index]] = (
                 f"used by {', '.join(sorted(others))}, not as the weight of a matmul"
                 if others
@@ -174,156 +187,180 @@ def find_weights(
 
 
 def _walk(
-    graph: fx.Graph, lineage: dict[fx.Node, _Lineage], search: _Search, *, nested: bool
-) -> dict[int, set[str]]:
-    used: dict[int, set[str]] = {}
-    for node in graph.nodes:
+    gm: fx.GraphModule,
+    lineage: dict[fx.Node, tuple[_Lineage, ...]],
+    search: _Search,
+    *,
+    nested: bool,
+) -> None:
+    for node in gm.graph.nodes:
         parents = [arg for arg in node.all_input_nodes if arg in lineage]
         if not parents or node.op == "output":
             continue
-        op = _matmul_name(node)
+        op = matmul_name(node)
+        name = call_name(node)
+        bodies = _bodies(node, gm)
         if op is not None:
-            for parent in dict.fromkeys(parents):
-                search.sites.append(_site(node, op, parent, lineage[parent], search, nested))
-            continue
-        bodies = _bodies(node, search.module)
-        if bodies:
+            multiplied = _multiplied(node, op, lineage)
+            for parent in multiplied:
+                for line in lineage[parent]:
+                    search.sites.append(_site(node, op, parent, line, search, nested))
+            parents = [parent for parent in parents if parent not in multiplied]
+        elif bodies:
             for body, operands in bodies:
-                inner = dict(_enter(body, operands, lineage))
-                _walk(body.graph, inner, _Search(body, search.names, search.sites), nested=True)
+                _walk(body, _enter(body, operands, lineage), search, nested=True)
             continue
-        name = _name(node)
-        if name in _VIEWS or name in _TRANSPOSES:
-            lineage[node] = _through(node, name, lineage[parents[0]])
-        else:
-            for parent in parents:
-                used.setdefault(lineage[parent].index, set()).add(name)
-    return used
+        elif name in VIEWS and first_operand(node) in lineage:
+            lineage[node] = tuple(_through(node, name, line) for line in lineage[parents[0]])
+            continue
+        elif name in _JOINS and len(parents) == len(node.all_input_nodes):
+            lineage[node] = tuple(
+                _through(node, name, line) for parent in parents for line in lineage[parent]
+            )
+            continue
+        for parent in parents:
+            for line in lineage[parent]:
+                search.used.setdefault(line.index, set()).add(name)
 
 
+def _multiplied(
+    node: fx.Node, op: str, lineage: dict[fx.Node, tuple[_Lineage, ...]]
+) -> list[fx.Node]:
+    """The operands of ``node`` that come from a candidate and are its weights."""
+    values = _operands(node, op)
+    if op == "linear" and values.get("weight") not in lineage:
+        places: Iterable[str] = ("input",)  # W x^T, spelled F.linear(W, x)
+    elif op in ("linear", "bilinear") or op.startswith("conv"):
+        places = ("weight",)  # what a layer is applied to is an activation, parameter or not
+    elif op == "multi_head_attention":
+        places = _PROJECTIONS
+    elif op in _NAMES:
+        places = _NAMES[op][1:] if len(_NAMES[op]) == 3 else _NAMES[op]  # addmm adds its first
+    else:
+        return [arg for arg in node.all_input_nodes if arg in lineage]
+    return list(dict.fromkeys(v for v in map(values.get, places) if v in lineage))
+
+
+def _operands(node: fx.Node, op: str) -> dict[str, Any]:
+    return dict(zip(_NAMES.get(op, ()), node.args, strict=False)) | dict(node.kwargs)
+
+
+# -- views -------------------------------------------------------------------------------------
 def _through(node: fx.Node, name: str, parent: _Lineage) -> _Lineage:
-    label = str(node.args[1]) if name == "getattr" else name
-    views = (*parent.views, label)
-    if label in _TRANSPOSES and _dims(node) == 2 and parent.whole and _swaps(node, label):
-        return _Lineage(parent.index, views, not parent.transposed, whole=True)
-    if label in _KEEPS:
+    views = (*parent.views, name)
+    if name in _TRANSPOSES and dims(node) == 2 and parent.whole and _swaps(node, name):
+        return _Lineage(parent.index, views, not parent.transposed)
+    if name in _KEEPS:
         return _Lineage(parent.index, views, parent.transposed, parent.whole)
     return _Lineage(parent.index, views, parent.transposed, whole=False)
 
 
-def _swaps(node: fx.Node, label: str) -> bool:
+def _swaps(node: fx.Node, name: str) -> bool:
     """True if a transposing call on a matrix really swaps its two dimensions."""
-    if label in ("t", "T", "mT", "adjoint"):
+    if name in ("t", "T", "mT", "adjoint"):
         return True
-    dims: list[Any] = []
-    for arg in (*node.args[1:], *node.kwargs.values()):
-        dims.extend(arg if isinstance(arg, (tuple, list)) else [arg])
-    if not all(isinstance(dim, int) for dim in dims) or len(dims) != 2:
+    values: list[Any] = []
+    for arg in (*node.args[1:], *(v for k, v in node.kwargs.items() if k not in ("input", "self"))):
+        values.extend(arg if isinstance(arg, (tuple, list)) else [arg])
+    if not all(isinstance(value, int) for value in values) or len(values) != 2:
         return False
-    positive = [dim % 2 for dim in dims]
-    return positive == [1, 0] if label == "permute" else positive[0] != positive[1]
+    positive = [value % 2 for value in values]
+    return positive == [1, 0] if name == "permute" else positive[0] != positive[1]
 
 
+# -- one site ----------------------------------------------------------------------------------
 def _site(
     node: fx.Node, op: str, parent: fx.Node, line: _Lineage, search: _Search, nested: bool
 ) -> WeightSite:
-    form, transposed, reason = _form(node, op, parent, line)
-    if nested and form is not None:
-        form, reason = None, "inside the body of a higher-order op"
-    return WeightSite(
-        search.names[line.index], line.index, node, op, line.views, form, transposed, reason
-    )
-
-
-def _form(node: fx.Node, op: str, parent: fx.Node, line: _Lineage) -> tuple[Form | None, bool, str]:
-    """(form, W of y = x W^T is the parameter's transpose, reason if there is no form)."""
+    found = WeightSite(search.names[line.index], line.index, node, op, line.views)
+    reason = ""
     if op not in ("linear", "matmul", "mm", "addmm"):
-        return None, False, f"{op} has no sparse kernel"
-    if not line.whole or _dims(parent) != 2:
-        return None, False, f"weight is taken apart ({', '.join(line.views) or 'not a matrix'})"
-    # operands by position or name, in the order of each op's signature
-    names = {
-        "linear": ("input", "weight", "bias"),
-        "matmul": ("input", "other"),
-        "mm": ("input", "mat2"),
-        "addmm": ("input", "mat1", "mat2"),
-    }[op]
-    values = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    where = [name for name, value in values.items() if value is parent]
-    if len(where) != 1:
-        return None, False, "the weight is both operands"
-    place = where[0]
-    if op == "linear" and place == "weight":
-        return "linear", line.transposed, ""
-    if op == "addmm":
-        plain = values.get("beta", 1) == 1 and values.get("alpha", 1) == 1
-        bias = values["input"]
-        if place == "mat2" and plain and isinstance(bias, fx.Node) and _dims(bias) == 1:
-            return "addmm", not line.transposed, ""
-        return None, False, "addmm with the weight on the left, scaled, or with a matrix to add"
-    if op in ("matmul", "mm") and place in ("other", "mat2") and _dims(values["input"]) >= 2:
-        return "matmul_right", not line.transposed, ""
-    if op in ("matmul", "mm") and place == "input":
-        other = values.get("other", values.get("mat2"))
-        if isinstance(other, fx.Node) and _dims(other) >= 2:
-            return "matmul_left", line.transposed, ""
-    return None, False, "operand is a vector"
+        reason = f"{op} has no sparse kernel"
+    elif not line.whole or dims(parent) != 2:
+        reason = f"weight is no whole matrix ({', '.join(line.views) or 'not two dimensions'})"
+    elif nested:
+        reason = "inside the body of a higher-order op"
+    elif line.index in search.written:
+        reason = "the graph writes to the weight"
+    if reason:
+        return replace(found, reason=reason)
+    return _formed(found, parent, line)
 
 
-def _matmul_name(node: fx.Node) -> str | None:
+def _formed(site: WeightSite, matrix: fx.Node, line: _Lineage) -> WeightSite:
+    """``site`` with its form and operands, or with the reason why it has none."""
+    values = _operands(site.node, site.op)
+    names = _NAMES[site.op]
+    scale = {name: values.pop(name) for name in ("alpha", "beta") if name in values}
+    if set(values) - set(names) or any(factor != 1 for factor in scale.values()):
+        return replace(site, reason="has arguments that the sparse kernel does not take")
+    if call_name(site.node).endswith("_"):
+        return replace(site, reason="writes into its operand")
+    if sum(value is matrix for value in values.values()) != 1:
+        return replace(site, reason="the weight is both operands")
+    bias = values.get(names[0] if site.op == "addmm" else "bias")
+    left, right = names[-2:] if site.op != "linear" else names[:2]
+    on_the_left = values[left] is matrix
+    x = values[right if on_the_left else left]
+    if not isinstance(x, fx.Node) or dims(x) < (1 if site.op == "linear" else 2):
+        return replace(site, reason="the other operand is a vector")
+    if on_the_left and (site.op == "linear" or bias is not None):
+        return replace(site, reason=f"{site.op} with the weight on the left")
+    if bias is not None and not _is_row(bias, matrix, 0 if site.op == "linear" else 1):
+        return replace(site, reason="adds something else than a bias vector")
+    transposed = line.transposed
+    form: Form = "linear"
+    if site.op != "linear":
+        form = "matmul_left" if on_the_left else "matmul_right"
+        transposed = line.transposed != (form == "matmul_right")
+    return replace(site, form=form, transposed=transposed, x=x, matrix=matrix, bias=bias)
+
+
+def _is_row(bias: Any, matrix: fx.Node, dim: int) -> bool:
+    """Whether ``bias`` is a vector with one entry for each output feature."""
+    if dims(bias) != 1:
+        return False
+    rows, features = bias.meta["example_value"].shape[0], matrix.meta["example_value"].shape[dim]
+    return bool(rows == features)
+
+
+# -- nodes -------------------------------------------------------------------------------------
+def matmul_name(node: fx.Node) -> str | None:
+    """Name of the multiplication that ``node`` is, None if it is none."""
     if node.op == "call_function":
-        found = _MATMULS.get(node.target)
-        if found is None and isinstance(node.target, torch._ops.OpOverload):
-            base = node.target._schema.name.split("::")[-1]
-            known = {"convolution", "linear", "mm", "bmm", "addmm", "baddbmm", "matmul", "einsum"}
-            found = base if base in known else None
-        return found
+        if isinstance(node.target, torch._ops.OpOverload):
+            name = call_name(node)
+            return name if name in _FUNCTIONS else None
+        return _MATMULS.get(node.target)
     if node.op == "call_method":
-        return _MATMUL_METHODS.get(str(node.target))
+        return _METHODS.get(str(node.target))
     return None
 
 
-def _bodies(
-    node: fx.Node, module: torch.nn.Module
-) -> list[tuple[fx.GraphModule, list[fx.Node | Any]]]:
-    """Bodies of a higher-order op with the operands they get, where the two match by count."""
+def _bodies(node: fx.Node, gm: fx.GraphModule) -> list[tuple[fx.GraphModule, list[Any]]]:
+    """Bodies of a higher-order op with the operands they get, matched from the last one on."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return []
     flat: list[Any] = []
-    for arg in node.args:
+    for arg in (*node.args, *node.kwargs.values()):
         flat.extend(arg if isinstance(arg, (tuple, list)) else [arg])
-    bodies = [a for a in flat if isinstance(a, fx.Node) and a.op == "get_attr"]
-    operands = [a for a in flat if not (isinstance(a, fx.Node) and a.op == "get_attr")]
+    references = [a for a in flat if isinstance(a, fx.Node) and a.op == "get_attr"]
+    operands = [a for a in flat if a not in references]
     found = []
-    for body_node in bodies:
-        body = getattr(module, str(body_node.target), None)
+    for reference in references:
+        body = getattr(gm, str(reference.target), None)
         if isinstance(body, fx.GraphModule):
             count = len(body.graph.find_nodes(op="placeholder"))
-            found.append((body, operands[len(operands) - count :]))
+            found.append((body, operands[max(len(operands) - count, 0) :]))
     return found
 
 
 def _enter(
-    body: fx.GraphModule, operands: list[Any], lineage: dict[fx.Node, _Lineage]
-) -> list[tuple[fx.Node, _Lineage]]:
+    body: fx.GraphModule, operands: list[Any], lineage: dict[fx.Node, tuple[_Lineage, ...]]
+) -> dict[fx.Node, tuple[_Lineage, ...]]:
     placeholders = body.graph.find_nodes(op="placeholder")
-    return [
-        (inner, lineage[outer])
+    return {
+        inner: lineage[outer]
         for inner, outer in zip(placeholders, operands, strict=False)
         if isinstance(outer, fx.Node) and outer in lineage
-    ]
-
-
-def _name(node: fx.Node) -> str:
-    if node.op == "call_method":
-        return str(node.target)
-    target: Callable[..., Any] | str = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.split("::")[-1]
-    return getattr(target, "__name__", str(target)).lstrip("_")
-
-
-def _dims(node: Any) -> int:
-    """Dimensions of the tensor that ``node`` yields; -1 if it is none."""
-    value = node.meta.get("example_value") if isinstance(node, fx.Node) else node
-    return value.dim() if isinstance(value, Tensor) else -1
+    }

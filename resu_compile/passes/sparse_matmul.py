@@ -10,8 +10,7 @@ product, so one graph with a dynamic batch never takes the slower path. For infe
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from torch import fx
 
@@ -22,7 +21,7 @@ from resu_compile.passes.fx_utils import append_placeholder, copy_graph_module
 
 
 def insert_sparse_matmuls(
-    gm: fx.GraphModule, sites: list[WeightSite], buckets: Mapping[int, int]
+    gm: fx.GraphModule, sites: Sequence[WeightSite], buckets: Mapping[int, int]
 ) -> tuple[fx.GraphModule, list[tuple[int, bool]], PassReport]:
     """A copy of ``gm`` with sparse products at the chosen sites.
 
@@ -52,7 +51,7 @@ def insert_sparse_matmuls(
                 append_placeholder(result.graph, f"{site.weight}_{'t_' * key[1]}{part}")
                 for part in ("ptr", "col", "val")
             )
-        _replace(result.graph, twins[site.node], site, packed[key], chosen)
+        _replace(result.graph, site, twins, packed[key], chosen)
         report.rewritten[site.node.name] = f"sparse_linear, buckets {chosen:b}"
     result.graph.lint()
     result.recompile()
@@ -61,38 +60,26 @@ def insert_sparse_matmuls(
 
 
 def _replace(
-    graph: fx.Graph, node: fx.Node, site: WeightSite, csr: tuple[fx.Node, ...], buckets: int
+    graph: fx.Graph,
+    site: WeightSite,
+    twins: Mapping[fx.Node, fx.Node],
+    csr: tuple[fx.Node, ...],
+    buckets: int,
 ) -> None:
-    operands = _operands(node)
+    assert site.x is not None
+    assert site.matrix is not None
+    node, x, weight = twins[site.node], twins[site.x], twins[site.matrix]
+    bias = twins[site.bias] if site.bias is not None else None
     with graph.inserting_before(node):
-        if site.form == "linear":
-            x, weight, bias = operands["input"], operands["weight"], operands.get("bias")
-        elif site.form == "addmm":
-            x, weight, bias = operands["mat1"], operands["mat2"], operands["input"]
-        elif site.form == "matmul_right":
-            x, weight, bias = operands["input"], operands["other"], None
-        else:  # W @ x = (x^T W^T)^T
-            x = graph.call_method("transpose", (operands["other"], -1, -2))
-            weight, bias = operands["input"], None
-        if site.form in ("addmm", "matmul_right"):
+        if site.form == "matmul_right":
             weight = graph.call_method("t", (weight,))
+        if site.form == "matmul_left":  # W @ x = (x^T W^T)^T
+            x = graph.call_method("transpose", (x, -1, -2))
         product = graph.call_function(sparse_linear_autocast, (x, weight, *csr, bias, buckets))
         if site.form == "matmul_left":
             product = graph.call_method("transpose", (product, -1, -2))
+            product = graph.call_method("contiguous", (product,))  # strides as matmul's
     if "example_value" in node.meta:
         product.meta["example_value"] = node.meta["example_value"]
     node.replace_all_uses_with(product)
     graph.erase_node(node)
-
-
-def _operands(node: fx.Node) -> dict[str, Any]:
-    names: dict[str, tuple[str, ...]] = {
-        "linear": ("input", "weight", "bias"),
-        "addmm": ("input", "mat1", "mat2"),
-    }
-    target = str(getattr(node.target, "__name__", node.target)).strip("_")
-    found = dict(zip(names.get(target, ("input", "other")), node.args, strict=False))
-    found |= dict(node.kwargs)
-    if "mat2" in found and "mat1" not in found:
-        found["other"] = found["mat2"]
-    return found

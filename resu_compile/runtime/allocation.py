@@ -9,14 +9,17 @@ from torch import Tensor
 
 from resu_compile.config import SparsityConfig
 from resu_compile.distributions import DISTRIBUTIONS
-from resu_compile.errors import WeightError
-from resu_compile.methods import get_method
+from resu_compile.errors import ArgumentError
+from resu_compile.methods import Method, get_method
 from resu_compile.selection import NamedWeight, check_values, matches
 from resu_compile.sparsity import global_topk_masks, keep_count, topk_mask
 
 
 def new_masks(
-    weights: Sequence[NamedWeight], config: SparsityConfig, generator: torch.Generator
+    weights: Sequence[NamedWeight],
+    config: SparsityConfig,
+    generator: torch.Generator,
+    active: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Masks with exact counts, from the present values of ``weights``.
 
@@ -24,37 +27,49 @@ def new_masks(
         weights: the weights to prune, all with finite values.
         config: method, scope, distribution, overrides, min_density and sparsity are used.
         generator: the only source of randomness.
+        active: parameter name -> bool mask of the places that come first, whatever they score; the
+            others fill what these leave. None lets all places compete.
 
     Returns:
         parameter name -> bool mask, True = active.
 
     Raises:
-        WeightError: a weight holds NaN or infinity, is on meta, or a method scored it NaN.
+        WeightError: a weight holds NaN or infinity, or is on meta.
+        ArgumentError: the method's scores are NaN or of another shape.
     """
     check_values(weights)
     if config.from_zeros:
         return {weight.name: weight.parameter.detach() != 0 for weight in weights}
     method = get_method(config.method)
+    scores = {weight.name: _score(method, weight, generator) for weight in weights}
+    first = (
+        {name: active[name].to(score.device) for name, score in scores.items()} if active else {}
+    )
     fixed = overridden(weights, config)
     free = [weight for weight in weights if weight.name not in fixed]
-    keep = {w.name: keep_count(w.parameter.numel(), fixed[w.name]) for w in weights if w.name in fixed}
-    scores = {weight.name: _score(method, weight, generator) for weight in weights}
-    floors = {w.name: int(config.min_density * w.parameter.numel()) for w in free}
+    numel = {weight.name: weight.parameter.numel() for weight in weights}
+    # no floor above the overall density: the total stays exact
+    floor = min(config.min_density, 1.0 - config.sparsity)
+    floors = {weight.name: int(floor * numel[weight.name]) for weight in free}
+    keep = {name: keep_count(numel[name], sparsity) for name, sparsity in fixed.items()}
     masks: dict[str, Tensor] = {}
     if config.scope == "global" and free:
-        total = keep_count(sum(w.parameter.numel() for w in free), config.sparsity)
+        total = keep_count(sum(numel[weight.name] for weight in free), config.sparsity)
         device = free[0].parameter.device  # one ranking needs one place
-        ranked = {w.name: scores[w.name].to(device) for w in free}
-        masks = global_topk_masks(ranked, total, floors)
+        masks = global_topk_masks(
+            {weight.name: scores[weight.name].to(device) for weight in free},
+            total,
+            floors,
+            {weight.name: first[weight.name].to(device) for weight in free} if first else None,
+        )
     else:
-        shapes = {w.name: tuple(w.parameter.shape) for w in free}
+        shapes = {weight.name: tuple(weight.parameter.shape) for weight in free}
         per_weight = DISTRIBUTIONS[config.distribution](shapes, config.sparsity)
-        for weight in free:
-            count = keep_count(weight.parameter.numel(), per_weight[weight.name])
-            uniform = config.distribution == "uniform"
-            keep[weight.name] = count if uniform else max(count, floors[weight.name])
+        for name, sparsity in per_weight.items():
+            count = keep_count(numel[name], sparsity)
+            keep[name] = count if config.distribution == "uniform" else max(count, floors[name])
     for name, count in keep.items():
-        masks[name] = topk_mask(scores[name], count)
+        masks[name] = topk_mask(scores[name], count, first.get(name))
     return {weight.name: masks[weight.name] for weight in weights}
 
 
@@ -63,17 +78,17 @@ def overridden(weights: Sequence[NamedWeight], config: SparsityConfig) -> Mappin
     found = {}
     for weight in weights:
         for pattern, sparsity in config.overrides.items():
-            if any(matches(pattern, name) for name in (weight.name, *weight.aliases)):
+            if any(matches(pattern, name) for name in weight.names):
                 found[weight.name] = float(sparsity)
     return found
 
 
-def _score(method: object, weight: NamedWeight, generator: torch.Generator) -> Tensor:
+def _score(method: Method, weight: NamedWeight, generator: torch.Generator) -> Tensor:
     with torch.no_grad():
-        score: Tensor = method.score(weight.parameter.detach(), generator)  # type: ignore[attr-defined]
+        score = method.score(weight.parameter.detach(), generator)
     if score.shape != weight.parameter.shape or bool(torch.isnan(score).any()):
-        raise WeightError(
-            f"{weight.name}: expected finite scores of shape {tuple(weight.parameter.shape)} from "
-            f"{type(method).__name__}, got shape {tuple(score.shape)} or NaN"
+        raise ArgumentError(
+            f"method: expected scores of shape {tuple(weight.parameter.shape)} without NaN from "
+            f"{type(method).__name__} for {weight.name}, got shape {tuple(score.shape)} or NaN"
         )
-    return score
+    return score if score.is_floating_point() else score.float()

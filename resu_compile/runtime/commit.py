@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from resu_compile.sparsity import topk_mask
+from resu_compile.sparsity import only_at, topk_mask
 
 
 def amnesty_mask(score: Tensor, mask: Tensor, n_keep: int, n_resurrected: int) -> Tensor:
@@ -18,7 +17,7 @@ def amnesty_mask(score: Tensor, mask: Tensor, n_keep: int, n_resurrected: int) -
     places win. Places that one group cannot fill go to the other group's best.
 
     Args:
-        score: floating point, any shape; higher wins, ties fall to the lower index.
+        score: floating point, any shape, free of NaN; higher wins, ties fall to the lower index.
         mask: bool, shape of ``score``, True = active before the commit.
         n_keep: places that are active afterwards, in [0, score.numel()].
         n_resurrected: of these, the places reserved for the resurrected.
@@ -33,11 +32,8 @@ def amnesty_mask(score: Tensor, mask: Tensor, n_keep: int, n_resurrected: int) -
     from_pruned = min(n_resurrected, n_pruned, n_keep)
     from_active = min(n_keep - from_pruned, n_active)
     from_pruned = n_keep - from_active  # leftovers of the active group
-    lowest = torch.finfo(score.dtype).min
-    # finite scores only: a loser of the own group still ranks above every stranger
-    ranked = score.clamp(min=lowest)
-    winners_active = topk_mask(ranked.masked_fill(~mask, -torch.inf), from_active)
-    winners_pruned = topk_mask(ranked.masked_fill(mask, -torch.inf), from_pruned)
+    winners_active = topk_mask(only_at(score, mask), from_active)
+    winners_pruned = topk_mask(only_at(score, ~mask), from_pruned)
     return winners_active | winners_pruned
 
 
@@ -132,7 +128,7 @@ class CommitReport:
     def table(self) -> str:
         """The report as a text table."""
         rows = {**self.weights, "total": self.overall}
-        return tabulate(
+        text: str = tabulate(
             [
                 [name, row.total, row.active, row.kept, row.resurrected, row.lost, row.churn]
                 for name, row in rows.items()
@@ -140,6 +136,7 @@ class CommitReport:
             headers=["weight", "entries", "active", "kept", "resurrected", "lost", "churn"],
             floatfmt=".4f",
         )
+        return text
 
     def __str__(self) -> str:
         return self.table()

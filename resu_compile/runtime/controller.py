@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -28,18 +28,18 @@ from resu_compile.errors import (
     ArgumentTypeError,
     NotSparsifiedError,
     PhaseError,
-    ResuCompileError,
+    WeightError,
     check_known_keys,
 )
-from resu_compile.kernels.mask_bits import unpack_mask
+from resu_compile.kernels.mask_bits import pack_mask, unpack_mask
 from resu_compile.phase import Phase, Routing
 from resu_compile.runtime import optimizer_hooks
 from resu_compile.runtime.allocation import new_masks
 from resu_compile.runtime.commit import CommitReport, amnesty_mask, compare_masks
 from resu_compile.runtime.module_hooks import AfterForward, BeforeForward, ControllerSlot
-from resu_compile.runtime.optimizer_state import same_shaped_state, zero_state
+from resu_compile.runtime.optimizer_state import zero_state
 from resu_compile.runtime.resurrection import Resurrection
-from resu_compile.selection import NamedWeight, named_weights
+from resu_compile.selection import NamedWeight, check_overrides, check_values
 from resu_compile.state import MaskedWeight
 
 STATE_VERSION = 1
@@ -92,36 +92,47 @@ class Controller:
         compile_config: CompileConfig | None = None,
         slot: ControllerSlot | None = None,
         phase: Phase = Phase.SPARSE,
+        generator: torch.Generator | None = None,
     ) -> None:
         self._model = weakref.ref(model)
         self.config = config
         self.compile_config = compile_config or CompileConfig()
         self.skipped = dict(skipped)
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.generator = generator or torch.Generator().manual_seed(config.seed)
         self.resurrection: Resurrection | None = None
         self.epoch = 0
         self.structure = 0
         self._phase = phase
+        self._compiled_call: weakref.ref[Any] | None = None
         self._weights: dict[str, MaskedWeight] = {}
-        for named, mask in masks:
-            self._weights[named.name] = MaskedWeight(
-                named.name, named.owner, named.attribute, mask, self
-            )
         optimizer_hooks.install()
-        self._compiled_call: Any = None
-        if slot is None:
-            slot = ControllerSlot(self)
-            model.register_forward_pre_hook(BeforeForward(slot), prepend=True)
-            model.register_forward_hook(AfterForward(slot))
-        self.refresh()
+        try:
+            for named, mask in masks:
+                self._weights[named.name] = MaskedWeight(named, mask, self)
+            if slot is None:
+                slot = ControllerSlot(self)
+                model.register_forward_pre_hook(BeforeForward(slot), prepend=True)
+                model.register_forward_hook(AfterForward(slot))
+            self.refresh()
+        except BaseException:  # out of memory, say
+            self._detach(model)
+            raise
 
     # -- what it looks after -------------------------------------------------------------------
     @property
     def model(self) -> nn.Module:
-        """The model; an error if it is gone or was released."""
+        """The model.
+
+        Raises:
+            NotSparsifiedError: the model is gone, or was released.
+        """
         found = self._model()
         if found is None:
             raise NotSparsifiedError("controller: expected its model to be alive, it is gone")
+        if find_controller(found) is not self:
+            raise NotSparsifiedError(
+                "controller: expected a model under its control, it was released"
+            )
         return found
 
     @property
@@ -155,14 +166,14 @@ class Controller:
         """Catch up with what happened to the parameters outside of optimizer steps.
 
         In the SPARSE phase a weight written by anything else (``load_state_dict``, an average of
-        checkpoints) gets its zeros back. Costs a version check a weight.
+        checkpoints) gets its zeros back. Writes through ``.data`` are the exception: nothing can
+        see them. The model's call does all this by itself, at the cost of a check a weight.
         """
         sparse = self._phase is Phase.SPARSE
         for weight in self._weights.values():
-            parameter = weight.parameter
-            weight.follow(parameter)
-            if sparse:
-                weight.enforce_zeros(parameter)
+            weight.refresh(sparse)
+        if self.resurrection is not None:
+            self.resurrection.recover(self._weights)
 
     # -- phase ---------------------------------------------------------------------------------
     @property
@@ -214,11 +225,13 @@ class Controller:
 
     # -- masks ---------------------------------------------------------------------------------
     def prune(self, sparsity: float | None = None, **changes: Any) -> CommitReport:
-        """Prune again from the present values of the weights.
+        """Prune again from the present values of the weights; the phase is sparse afterwards.
+
+        In the SPARSE phase the active places come first, so that a higher sparsity only takes
+        away and a lower one brings back places that hold 0. In the DENSE phase all compete.
 
         Args:
-            sparsity: new overall sparsity, in [0, 1); None keeps the one asked for last. A lower
-                one brings back places that hold 0.
+            sparsity: new overall sparsity, in [0, 1); None keeps the one asked for last.
             **changes: other fields of ``SparsityConfig`` that decide masks: ``method``, ``scope``,
                 ``distribution``, ``overrides``, ``min_density``.
 
@@ -238,15 +251,18 @@ class Controller:
         check_known_keys(changes, known, what="argument of prune")
         if sparsity is not None:
             changes["sparsity"] = sparsity
-        config = replace(self.config, **changes)
-        masks = new_masks(self._named(), config, self.generator)
+        config = replace(self.config, from_zeros=False, **changes)
+        self.refresh()
+        named = self._named()
+        check_overrides(config.overrides, named)
+        active = self.masks if self._phase is Phase.SPARSE else None
+        masks = new_masks(named, config, self.generator, active)
         self.config = config
-        report = self._apply(masks, "prune")
-        return report
+        return self._apply(masks, "prune")
 
     def _named(self) -> list[NamedWeight]:
         return [
-            NamedWeight(name, weight.owner, weight.attribute, weight.parameter)
+            NamedWeight(name, weight.owner, weight.attribute, weight.parameter, weight.aliases)
             for name, weight in self._weights.items()
         ]
 
@@ -254,7 +270,7 @@ class Controller:
         """Change the masks' contents, weights and optimizer state; ends in SPARSE.
 
         Newly pruned: weight and optimizer state 0. Newly active: the weight as it is, state 0.
-        Survivors: untouched.
+        Survivors: untouched. After the DENSE phase, which trains every place, all kept survive.
         """
         rows = {}
         counts = {name: weight.nnz for name, weight in self._weights.items()}
@@ -262,13 +278,10 @@ class Controller:
             parameter = weight.parameter
             old, new = weight.mask, masks[name].to(weight.bits.device)
             rows[name] = compare_masks(old, new)
-            survivors = old & new
-            for optimizer in optimizer_hooks.optimizers_of(weight):
-                with torch.no_grad():
-                    for value in same_shaped_state(optimizer, parameter):
-                        value.masked_fill_(~survivors.to(value.device), 0)
+            survivors = pack_mask(new if self._phase is Phase.DENSE else old & new)
             weight.set_mask(new)
             for optimizer in optimizer_hooks.optimizers_of(weight):
+                zero_state(optimizer, parameter, survivors, keep=True)
                 optimizer_hooks.mark_synced(optimizer, weight)
         if any(self._weights[name].nnz != count for name, count in counts.items()):
             self.structure += 1
@@ -298,7 +311,7 @@ class Controller:
         check_known_keys(options, known, what="argument of resurrect")
         return ResurrectionPhase(self, ResurrectionConfig(lr=lr, **options))
 
-    def _begin(self, config: ResurrectionConfig) -> None:
+    def _begin(self, config: ResurrectionConfig) -> Resurrection:
         if self._phase is not Phase.SPARSE:
             raise PhaseError(
                 f"resurrect: expected phase sparse, got {self._phase}; "
@@ -314,6 +327,7 @@ class Controller:
         self.epoch += 1
         for weight in self._weights.values():
             self.resurrection.init_theta(weight, weight.parameter, self.generator)
+        return self.resurrection
 
     def commit(
         self,
@@ -337,25 +351,35 @@ class Controller:
 
         Raises:
             PhaseError: no resurrection is running.
-            ArgumentError: an argument is out of range; the phase stays resu.
-            WeightError: a weight or a score holds NaN or infinity; the phase stays resu.
+            ArgumentError: an argument is out of range, or a score is NaN or infinite.
+            WeightError: a weight holds NaN or infinity.
+
+        On an error the phase stays resu, with theta in place.
         """
         if self._phase is not Phase.RESU or self.resurrection is None:
             raise PhaseError(
                 f"commit: expected phase resu, got {self._phase}; begin one with resurrect()"
             )
-        config = self.resurrection.config
+        running, config = self.resurrection, self.resurrection.config
         budget = config.budget if budget is None else budget
-        score = config.score if score is None else score
         strategy = config.strategy if strategy is None else strategy
+        if score is None and running.score_lost and strategy == "amnesty":
+            raise ArgumentError(
+                "score: expected 'magnitude' or a function, because this resurrection was begun "
+                "with a function and then saved or copied, which only keeps data; got None"
+            )
+        score = config.score if score is None else score
         check_commit(budget, score, strategy)
+        self.refresh()
+        check_values(self._named())
         if strategy == "merge":
             masks = {name: torch.ones_like(weight.mask) for name, weight in self._weights.items()}
         elif strategy == "reprune":
             masks = new_masks(self._named(), self.config, self.generator)
         else:
             masks = self._tournament(float(budget), score)
-        return self._apply(masks, strategy)
+        running.report = self._apply(masks, strategy)
+        return running.report
 
     def _tournament(
         self, budget: float, score: str | Callable[[str, Tensor], Tensor]
@@ -363,7 +387,8 @@ class Controller:
         masks = {}
         for name, weight in self._weights.items():
             value = weight.parameter.detach()
-            merit = score(name, value) if callable(score) else value.abs()
+            with torch.no_grad():
+                merit = score(name, value) if callable(score) else value.abs()
             if not isinstance(merit, Tensor) or merit.shape != value.shape:
                 raise ArgumentError(
                     f"score: expected a tensor of shape {tuple(value.shape)} for {name}, "
@@ -375,7 +400,10 @@ class Controller:
                     "abandon() drops theta and keeps the masks"
                 )
             masks[name] = amnesty_mask(
-                merit.float(), weight.mask, weight.nnz, int(budget * weight.nnz)
+                merit.to(weight.bits.device, torch.promote_types(merit.dtype, torch.float32)),
+                weight.mask,
+                weight.nnz,
+                int(budget * weight.nnz),
             )
         return masks
 
@@ -406,15 +434,18 @@ class Controller:
         """
         from resu_compile.backend import compile_in_place
 
-        self._compiled_call = compile_in_place(self, fullgraph=fullgraph, dynamic=dynamic)
+        call = compile_in_place(self, fullgraph=fullgraph, dynamic=dynamic)
+        self._compiled_call = weakref.ref(call)  # it holds the model
 
     # -- state ---------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """Masks, phase, theta's state and random generator as plain data and tensors.
 
         The weights, theta included, are in the model's own ``state_dict()``. Loads with
-        ``torch.load(weights_only=True)``.
+        ``torch.load(weights_only=True)``. All tensors are copies.
         """
+        if self.resurrection is not None:
+            self.resurrection.recover(self._weights)
         return {
             "version": STATE_VERSION,
             "phase": str(self._phase),
@@ -427,24 +458,32 @@ class Controller:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` gave. Nothing changes if the state does not fit.
 
+        Load it together with the model's own state, in either order, after ``sparsify`` and before
+        the first forward pass: ``sparsify`` zeroes by masks of its own what was loaded before it.
+
         Raises:
             ArgumentError: not such a state, another version, or other names or shapes of weights.
         """
         self._check_state(state)
-        structure = {name: weight.nnz for name, weight in self._weights.items()}
-        for name, weight in self._weights.items():
-            bits = state["masks"][name].to(weight.bits.device)
-            weight.set_mask(unpack_mask(bits, weight.shape))
-        if any(self._weights[name].nnz != count for name, count in structure.items()):
-            self.structure += 1
+        masks = {
+            name: unpack_mask(state["masks"][name].to(weight.bits.device), weight.shape)
+            for name, weight in self._weights.items()
+        }
+        phase, saved = Phase(state["phase"]), state["resurrection"]
+        resurrection = Resurrection.from_state_dict(saved) if saved else None
         self.generator.set_state(state["generator"].cpu())
-        self._phase = Phase(state["phase"])
-        resurrection = state["resurrection"]
-        self.resurrection = Resurrection.from_state_dict(resurrection) if resurrection else None
+        counts = {name: weight.nnz for name, weight in self._weights.items()}
+        for name, weight in self._weights.items():
+            weight.set_mask(masks[name])
+        if any(self._weights[name].nnz != count for name, count in counts.items()):
+            self.structure += 1
+        self._phase = phase
+        self.resurrection = resurrection
         self.epoch += 1
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
-        if not isinstance(state, Mapping) or "masks" not in state or "version" not in state:
+        keys = ("version", "phase", "masks", "shapes", "generator", "resurrection")
+        if not isinstance(state, Mapping) or any(key not in state for key in keys):
             raise ArgumentError(
                 "state: expected what controller(model).state_dict() returns, got "
                 + (f"keys {sorted(map(str, state))}" if isinstance(state, Mapping) else repr(state))
@@ -468,18 +507,24 @@ class Controller:
                     f"state: expected shape {tuple(weight.shape)} for {name}, got {shape}"
                 )
             expected = math.ceil(weight.numel / 8)
-            if state["masks"][name].numel() != expected:
+            bits = state["masks"][name]
+            if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or len(bits) != expected:
                 raise ArgumentError(
-                    f"state: expected {expected} bytes of mask for {name}, got "
-                    f"{state['masks'][name].numel()}"
+                    f"state: expected {expected} bytes of mask for {name}, got {bits!r}"
                 )
 
     def snapshot(self) -> dict[str, Any]:
-        """All that a copy of the model needs to rebuild this controller."""
+        """All that a copy of the model needs to rebuild this controller.
+
+        Weights go by the module that owns them, which a copy or a pickle takes along: their names
+        may have changed since (an adapter wrapped around a layer).
+        """
+        weights = self._weights.values()
         return {
-            "config": self.config,
+            "config": self.config.without_predicates(),
             "compile_config": self.compile_config,
             "skipped": dict(self.skipped),
+            "weights": [(w.name, w.aliases, w.owner, w.attribute) for w in weights],
             "state": self.state_dict(),
         }
 
@@ -489,14 +534,10 @@ class Controller:
     ) -> Controller:
         """The controller of a copied or unpickled ``model``, which already has the hooks."""
         state = snapshot["state"]
-        named = {weight.name: weight for weight in named_weights(model)}
         masks = []
-        for name, bits in state["masks"].items():
-            if name not in named:
-                raise ResuCompileError(
-                    f"{name}: expected the copied model to hold this masked parameter, found none"
-                )
-            masks.append((named[name], unpack_mask(bits, state["shapes"][name])))
+        for name, aliases, owner, attribute in snapshot["weights"]:
+            named = NamedWeight(name, owner, attribute, owner._parameters[attribute], aliases)
+            masks.append((named, unpack_mask(state["masks"][name], state["shapes"][name])))
         made = cls(
             model,
             masks,
@@ -512,28 +553,37 @@ class Controller:
     def release(self) -> nn.Module:
         """Make the model plain again: zeros stay folded in, hooks and compilation are gone.
 
+        Weights that are no longer there (a layer was replaced) are let go as well.
+
         Returns:
             The model. This controller cannot be used afterwards.
 
         Raises:
             PhaseError: during a resurrection, whose theta would be lost.
+            NotSparsifiedError: it was released before.
         """
         if self._phase is Phase.RESU:
             raise PhaseError("release: expected phase dense or sparse, got resu; commit() first")
-        self.refresh()
         model = self.model
         for weight in self._weights.values():
+            with suppress(WeightError):
+                weight.refresh(self._phase is Phase.SPARSE)
+        compiled = self._compiled_call and self._compiled_call()
+        if compiled is not None and model._compiled_call_impl is compiled:
+            model._compiled_call_impl = None
+        self._detach(model)
+        self._phase = Phase.DENSE
+        self.epoch += 1
+        return model
+
+    def _detach(self, model: nn.Module) -> None:
+        for weight in self._weights.values():
             weight.unbind()
+        self._weights = {}
         for hooks in (model._forward_pre_hooks, model._forward_hooks):
             for key, hook in list(hooks.items()):
                 if isinstance(hook, (BeforeForward, AfterForward)):
                     del hooks[key]
-        if self._compiled_call is not None and model._compiled_call_impl is self._compiled_call:
-            model._compiled_call_impl = None
-        self._weights = {}
-        self._phase = Phase.DENSE
-        self.epoch += 1
-        return model
 
 
 class ResurrectionPhase(AbstractContextManager["ResurrectionPhase"]):
@@ -542,10 +592,10 @@ class ResurrectionPhase(AbstractContextManager["ResurrectionPhase"]):
     def __init__(self, owner: Controller, config: ResurrectionConfig) -> None:
         self._owner = owner
         self.config = config
-        self._report: CommitReport | None = None
+        self._begun: Resurrection | None = None
 
     def __enter__(self) -> ResurrectionPhase:
-        self._owner._begin(self.config)
+        self._begun = self._owner._begin(self.config)
         return self
 
     def __exit__(
@@ -554,17 +604,16 @@ class ResurrectionPhase(AbstractContextManager["ResurrectionPhase"]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None and self._owner.phase is Phase.RESU:
-            self._report = self._owner.commit()
+        if kind is None and self._begun is self._owner.resurrection:
+            self._owner.commit()
 
     @property
     def report(self) -> CommitReport:
-        """What the commit did.
+        """What the commit did, at the end of the block or inside it.
 
         Raises:
             PhaseError: nothing was committed (yet).
         """
-        if self._report is None:
+        if self._begun is None or self._begun.report is None:
             raise PhaseError("report: expected a committed phase, but the block has not committed")
-        return self._report
-
+        return self._begun.report

@@ -14,76 +14,33 @@ import logging
 import math
 import os
 import platform
-import statistics
 import tempfile
 import threading
-import time
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import platformdirs
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from resu_compile.errors import ArgumentError, check_number
 from resu_compile.kernels import sparse_linear as kernels
 from resu_compile.kernels.sparse_linear import (
     ALL_BUCKETS,
     BUCKET_ROWS,
-    CsrWeight,
+    MAX_ENTRIES,
     batch_bucket,
-    csr_pack,
     has_sparse_path,
 )
+from resu_compile.runtime.stopwatch import NOT_MEASURED, LinearTimes, measure_linear
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "resu_compile linear times"
 VERSION = 1
 
-MARGIN = 0.95  # of the dense time: two runs of one measurement differ by less than 5 %
 MIN_SPARSITY = 0.4  # below, the entries with their columns are as many bytes as the dense weight
 MIN_NUMEL = 64 * 64  # below, either product is shorter than the call that starts it
 DYNAMIC_ROWS = 256  # the largest batch that is measured for where the batch size is not known
-
-# What bounds one measurement on the CPU to about 0.2 s on 2 cores (200 GFLOP/s, 25 GB/s): a weight
-# with more work or bytes is measured on its first rows, and the time scaled up.
-CPU_BUDGET_S = 0.1
-CPU_MAX_FLOP = 4e9
-CPU_MAX_BYTES = 2**28
-CPU_MIN_ROWS = 256
-MIN_REPEATS, MAX_REPEATS = 3, 50
-
-CUDA_REPEATS = 9
-CUDA_MAX_COPIES = 64
-
-
-@dataclass(frozen=True)
-class LinearTimes:
-    """Times of one product, both NaN where it could not be measured.
-
-    The median of the repeats on CUDA, the fastest on the CPU.
-
-    Attributes:
-        dense_ms: milliseconds of ``F.linear`` on the dense weight.
-        sparse_ms: milliseconds of the op ``sparse_linear`` on its sparse path.
-    """
-
-    dense_ms: float
-    sparse_ms: float
-
-    @property
-    def sparse_is_faster(self) -> bool:
-        """Whether sparse takes under 95 % of the dense time, a margin for noise; False for NaN."""
-        return self.sparse_ms < MARGIN * self.dense_ms
-
-
-NOT_MEASURED = LinearTimes(math.nan, math.nan)
 
 
 # -- the question a caller asks --------------------------------------------------------------
@@ -95,6 +52,8 @@ def sparse_buckets(
     dtype: torch.dtype,
     rows: int | None,
     threshold: float | Literal["auto"],
+    *,
+    cuda_graphs: bool = False,
 ) -> int:
     """Bit mask of the batch buckets that should take the sparse kernel; 0 means always dense.
 
@@ -109,6 +68,8 @@ def sparse_buckets(
         threshold: a number takes the sparse kernel at every batch size from that sparsity on, and
             1.0 turns it off; ``"auto"`` takes it where it measured faster, and never for weights
             under 40 % sparsity or with fewer than 64 * 64 elements, which are not measured.
+        cuda_graphs: whether the product will be replayed in a CUDA graph; without one, launching
+            the sparse op from Python is part of its time.
 
     Raises:
         ArgumentError: if ``threshold`` is neither ``"auto"`` nor a number in [0, 1].
@@ -120,8 +81,9 @@ def sparse_buckets(
         least = check_number(
             threshold, name="sparse_threshold", minimum=0.0, maximum=1.0, expected=expected
         )
-        forced = least < 1.0 and sparsity >= least and has_sparse_path(device, dtype)
-        return ALL_BUCKETS if forced else 0
+        forced = least < 1.0 and sparsity >= least
+        possible = _can_be_sparse(device, out_features, in_features, dtype)
+        return ALL_BUCKETS if forced and possible else 0
     if sparsity < MIN_SPARSITY or out_features * in_features < MIN_NUMEL:
         return 0
     if rows is not None:
@@ -131,7 +93,13 @@ def sparse_buckets(
     faster = 0
     for bucket in wanted:
         times = linear_times(
-            device, out_features, in_features, sparsity, dtype, BUCKET_ROWS[bucket]
+            device,
+            out_features,
+            in_features,
+            sparsity,
+            dtype,
+            BUCKET_ROWS[bucket],
+            cuda_graphs=cuda_graphs,
         )
         faster |= times.sparse_is_faster << bucket
     return faster
@@ -144,15 +112,15 @@ def linear_times(
     sparsity: float,
     dtype: torch.dtype,
     rows: int,
+    *,
+    cuda_graphs: bool = False,
 ) -> LinearTimes:
     """Times of both products for one shape: from memory, else from disk, else measured now.
 
     Rows count as the row count that stands for their bucket (``BUCKET_ROWS``), sparsity as its
-    nearest hundredth, 0.99 at most. On the CPU the time of a call, with its overhead, caches as
-    warm as alternating calls leave them; on CUDA the time on the device, in a CUDA graph over
-    copies of the weight that together exceed L2. Measuring takes about 0.2 s, touches neither
-    the global random state nor the modes of a compilation under way, and launches nothing while the
-    current stream is being captured.
+    nearest hundredth, 0.99 at most. Measuring takes about 0.2 s, touches neither the global random
+    state nor the modes of a compilation under way, and launches nothing while the current stream
+    is being captured.
 
     Args:
         device: where the product runs.
@@ -161,16 +129,18 @@ def linear_times(
         sparsity: share of the weight that is pruned, in [0, 1].
         dtype: dtype of x, weight and result.
         rows: rows of x.
+        cuda_graphs: on CUDA, time on the device alone; else launches from Python included.
 
     Returns:
         The times; NaN, which counts as dense, where the device has no sparse kernel for ``dtype``,
-        memory ran out, or the stream is being captured and nothing is known yet.
+        the weight is too large for one or empty, memory ran out, or the stream is being captured
+        and nothing is known yet.
     """
-    if out_features < 1 or in_features < 1 or not has_sparse_path(device, dtype):
+    if not _can_be_sparse(device, out_features, in_features, dtype):
         return NOT_MEASURED
     bucket = batch_bucket(rows)
     share = min(round(sparsity, 2), 0.99)
-    key = _key(device, out_features, in_features, bucket, dtype, share)
+    key = _key(device, out_features, in_features, bucket, dtype, share, cuda_graphs)
     with _cache.lock:  # also: two measurements at a time would disturb each other
         known = _cache.get(key)
         if known is not None:
@@ -178,7 +148,15 @@ def linear_times(
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return NOT_MEASURED
         try:
-            times = _measure(device, out_features, in_features, share, dtype, BUCKET_ROWS[bucket])
+            times = measure_linear(
+                device,
+                out_features,
+                in_features,
+                share,
+                dtype,
+                BUCKET_ROWS[bucket],
+                cuda_graphs=cuda_graphs,
+            )
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -186,6 +164,13 @@ def linear_times(
             times = NOT_MEASURED
         _cache.put(key, times)
         return times
+
+
+def _can_be_sparse(
+    device: torch.device, out_features: int, in_features: int, dtype: torch.dtype
+) -> bool:
+    # a weight of 2**31 elements: its entries might not be countable in int32
+    return 0 < out_features * in_features < MAX_ENTRIES and has_sparse_path(device, dtype)
 
 
 def set_cache_path(path: str | os.PathLike[str] | None) -> None:
@@ -301,13 +286,17 @@ def _key(
     bucket: int,
     dtype: torch.dtype,
     sparsity: float,
+    cuda_graphs: bool,
 ) -> str:
-    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    if device.type == "cuda":
+        launch = "graph" if cuda_graphs else "calls"
+    else:
+        launch = f"{torch.get_num_threads()} threads"
     return "|".join(
         (
             _device_name(device),
             f"torch {torch.__version__}",
-            f"{threads} threads",
+            launch,
             f"{out_features}x{in_features}",
             f"{BUCKET_ROWS[bucket]} rows",
             str(dtype).removeprefix("torch."),
@@ -342,173 +331,6 @@ def _kernel_hash() -> str:
     except OSError:  # installed without sources
         source = ""
     return hashlib.sha256(source.encode()).hexdigest()[:8]
-
-
-# -- the stopwatch ---------------------------------------------------------------------------
-def _measure(
-    device: torch.device,
-    out_features: int,
-    in_features: int,
-    sparsity: float,
-    dtype: torch.dtype,
-    rows: int,
-) -> LinearTimes:
-    started = time.perf_counter()
-    with ExitStack() as stack:
-        # The caller may be a compiler: its fake tensors, tracing modes and autocast are not ours.
-        stack.enter_context(_disable_current_modes())
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
-        if device.type == "cuda":
-            stack.enter_context(torch.cuda.device(device))
-            times = _measure_cuda(device, out_features, in_features, sparsity, dtype, rows)
-        else:
-            times = _measure_cpu(device, out_features, in_features, sparsity, dtype, rows)
-    logger.debug(
-        "%s %dx%d %.0f%% %d rows %s: dense %.4f ms, sparse %.4f ms, measured in %.2f s",
-        device,
-        out_features,
-        in_features,
-        100 * sparsity,
-        rows,
-        dtype,
-        times.dense_ms,
-        times.sparse_ms,
-        time.perf_counter() - started,
-    )
-    return times
-
-
-def _sample(
-    out_features: int, in_features: int, sparsity: float, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, CsrWeight]:
-    """A random weight (N, K) of that sparsity and its row storage.
-
-    One block of rows is made and packed, then repeated: quick, and as irregular as a whole one.
-    """
-    generator = torch.Generator(device).manual_seed(0)
-    shape = (min(out_features, max(16, 2**20 // in_features)), in_features)
-    kept = torch.rand(shape, generator=generator, device=device) >= sparsity
-    block = torch.rand(shape, generator=generator, device=device).sub_(0.5).mul_(kept).to(dtype)
-    csr = csr_pack(block, kept)
-    repeats = -(-out_features // shape[0])
-    entries = csr.val.numel()
-    starts = torch.arange(repeats, dtype=torch.int32, device=device) * entries
-    ptr = (starts[:, None] + csr.ptr[:-1]).flatten()  # (repeats * rows of the block,)
-    ptr = F.pad(ptr, (0, 1), value=repeats * entries)[: out_features + 1]
-    total = int(ptr[-1])
-    col, val = csr.col.repeat(repeats)[:total], csr.val.repeat(repeats)[:total]
-    weight = block.repeat(repeats, 1)[:out_features]  # (N, K)
-    return weight, CsrWeight(ptr, col, val)
-
-
-def _sparse(x: Tensor, weight: Tensor, csr: CsrWeight) -> Tensor:
-    result: Tensor = torch.ops.resu_compile.sparse_linear.default(
-        x, weight, csr.ptr, csr.col, csr.val, None, ALL_BUCKETS
-    )
-    return result
-
-
-def _measure_cpu(
-    device: torch.device,
-    out_features: int,
-    in_features: int,
-    sparsity: float,
-    dtype: torch.dtype,
-    rows: int,
-) -> LinearTimes:
-    most = min(
-        CPU_MAX_FLOP / (2 * rows * in_features), CPU_MAX_BYTES / (dtype.itemsize * in_features)
-    )
-    measured = min(out_features, max(int(most), CPU_MIN_ROWS))
-    weight, csr = _sample(measured, in_features, sparsity, dtype, device)
-    x = torch.full((rows, in_features), 0.5, dtype=dtype, device=device)
-    calls = (lambda: F.linear(x, weight), lambda: _sparse(x, weight, csr))
-    samples = _interleaved_ms(calls, _wall_ms, CPU_BUDGET_S, MAX_REPEATS)
-    # The fastest, not the median: other programs on the same cores only ever add time. With both
-    # of 2 cores taken, fp32 4096x4096 at 90 % and 1 row: median 5.2 ms, fastest 0.6, idle 0.3.
-    dense_ms, sparse_ms = (min(own) * out_features / measured for own in samples)
-    return LinearTimes(dense_ms, sparse_ms)
-
-
-def _wall_ms(call: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    call()
-    return (time.perf_counter() - started) * 1e3
-
-
-def _measure_cuda(
-    device: torch.device,
-    out_features: int,
-    in_features: int,
-    sparsity: float,
-    dtype: torch.dtype,
-    rows: int,
-) -> LinearTimes:
-    weight, csr = _sample(out_features, in_features, sparsity, dtype, device)
-    x = torch.full((rows, in_features), 0.5, dtype=dtype, device=device)
-    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    weights = [weight.clone() for _ in range(_copies(weight.nbytes, l2_bytes))]
-    csrs = [
-        CsrWeight(csr.ptr.clone(), csr.col.clone(), csr.val.clone())
-        for _ in range(_copies(csr.size_bytes, l2_bytes))
-    ]
-    dense = _captured([functools.partial(F.linear, x, w) for w in weights])
-    sparse = _captured([functools.partial(_sparse, x, weight, c) for c in csrs])
-    replays = (dense.replay, sparse.replay)
-    dense_ms, sparse_ms = map(
-        statistics.median, _interleaved_ms(replays, _device_ms, math.inf, CUDA_REPEATS)
-    )
-    return LinearTimes(dense_ms / len(weights), sparse_ms / len(csrs))
-
-
-def _copies(size_bytes: int, l2_bytes: int) -> int:
-    """Copies that together are twice L2, so that none is still there at its next turn."""
-    return min(2 * l2_bytes // max(size_bytes, 1) + 2, CUDA_MAX_COPIES)
-
-
-def _captured(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """One CUDA graph of ``calls`` in a row: their time on the device, without launching them."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles the kernel and sets up cuBLAS before the capture
-        calls[0]()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: another thread (a data loader pinning memory) may go on calling CUDA
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        for call in calls:
-            call()
-    return graph
-
-
-def _device_ms(call: Callable[[], object]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end))
-
-
-def _interleaved_ms(
-    calls: tuple[Callable[[], object], ...],
-    clock: Callable[[Callable[[], object]], float],
-    budget_s: float,
-    most: int,
-) -> list[list[float]]:
-    """Times of each call, taken in turns so that a drift of the clocks meets all alike."""
-    for call in calls:
-        call()  # warm-up
-    samples: list[list[float]] = [[] for _ in calls]
-    deadline = time.perf_counter() + budget_s
-    for repeat in range(most):
-        if repeat >= MIN_REPEATS and time.perf_counter() > deadline:
-            break
-        for call, own in zip(calls, samples, strict=True):
-            own.append(clock(call))
-    return samples
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -6,14 +6,14 @@ controller is built from its snapshot on first use.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from resu_compile.errors import MaskChangedError
-from resu_compile.phase import Phase
 
 if TYPE_CHECKING:
     from resu_compile.runtime.controller import Controller
@@ -57,7 +57,8 @@ class BeforeForward:
     def __init__(self, slot: ControllerSlot) -> None:
         self.slot = slot
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...]) -> None:
+        """Refresh the weights."""
         if torch.compiler.is_compiling():
             return
         self.slot.controller.refresh()
@@ -69,13 +70,11 @@ class AfterForward:
     def __init__(self, slot: ControllerSlot) -> None:
         self.slot = slot
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        """Put the check on every node that an output came from."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
-        controller = self.slot.controller
-        if controller.phase is Phase.DENSE:
-            return
-        check = unchanged_check(controller)
+        check = unchanged_check(self.slot.controller)
         seen: set[int] = set()
         for tensor in _tensors(output):
             node = tensor.grad_fn
@@ -88,7 +87,7 @@ def unchanged_check(controller: Controller) -> Callable[[Any], None]:
     """A backward pre-hook that raises if masks or phase are not those of this moment any more."""
     epoch = controller.epoch
 
-    def check(grads: Any) -> None:
+    def check(_grads: Any) -> None:
         if controller.epoch != epoch:
             raise MaskChangedError(
                 "backward: expected the masks and the phase of the forward pass, but they "
@@ -102,9 +101,12 @@ def unchanged_check(controller: Controller) -> Callable[[Any], None]:
 def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         yield output
-    elif isinstance(output, dict):
+    elif isinstance(output, Mapping):
         for value in output.values():
             yield from _tensors(value)
     elif isinstance(output, (tuple, list)):
         for value in output:
             yield from _tensors(value)
+    elif is_dataclass(output) and not isinstance(output, type):
+        for entry in fields(output):
+            yield from _tensors(getattr(output, entry.name))

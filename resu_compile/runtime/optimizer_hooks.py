@@ -11,7 +11,7 @@ optimizer (Muon mixes rows and columns) has weight and state zeroed again after 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,7 +27,8 @@ from resu_compile.phase import Phase, Routing
 from resu_compile.runtime.optimizer_state import zero_state
 from resu_compile.state import MaskedWeight, masked_weight_of, registry_epoch
 
-# Exact types only: a subclass may override step().
+# Exact types only: a subclass may override step(). Adamax is not among them: its exp_inf holds eps
+# where the gradient is 0.
 ELEMENTWISE: frozenset[type[Optimizer]] = frozenset(
     {
         optim.SGD,
@@ -37,7 +38,6 @@ ELEMENTWISE: frozenset[type[Optimizer]] = frozenset(
         optim.Adafactor,
         optim.Adagrad,
         optim.Adadelta,
-        optim.Adamax,
         optim.NAdam,
         optim.RAdam,
     }
@@ -46,11 +46,16 @@ ELEMENTWISE: frozenset[type[Optimizer]] = frozenset(
 
 @dataclass
 class _View:
-    """The masked weights of one optimizer."""
+    """The masked weights of one optimizer, and the masks that its state fits."""
 
     signature: tuple[int, ...]
     entries: list[tuple[dict[str, Any], nn.Parameter, MaskedWeight]]
-    synced: dict[str, tuple[int, int]] = field(default_factory=dict)  # name -> (id, mask_version)
+    state: Mapping[Any, Any]  # load_state_dict() puts another one in its place
+    synced: MutableMapping[MaskedWeight, int] = field(default_factory=WeakKeyDictionary)
+
+    def is_synced(self, weight: MaskedWeight) -> bool:
+        """True if the state is 0 wherever the present mask of ``weight`` is."""
+        return self.synced.get(weight) == weight.mask_version
 
 
 _views: WeakKeyDictionary[Optimizer, _View] = WeakKeyDictionary()
@@ -77,22 +82,28 @@ def optimizers_of(weight: MaskedWeight) -> list[Optimizer]:
 
 def mark_synced(optimizer: Optimizer, weight: MaskedWeight) -> None:
     """Note that ``optimizer``'s state fits the present mask of ``weight``."""
-    _views[optimizer].synced[weight.name] = (id(weight), weight.mask_version)
+    view = _views[optimizer]
+    view.state = optimizer.state
+    view.synced[weight] = weight.mask_version
 
 
 def _view_of(optimizer: Optimizer) -> _View:
     groups = optimizer.param_groups
     signature = (registry_epoch(), *(len(group["params"]) for group in groups))
     view = _views.get(optimizer)
-    if view is None or view.signature != signature:
-        entries = []
-        for group in groups:
-            for parameter in group["params"]:
-                weight = masked_weight_of(parameter)
-                if weight is not None:
-                    entries.append((group, parameter, weight))
-        view = _View(signature, entries, view.synced if view else {})
-        _views[optimizer] = view
+    if view is None:
+        view = _views[optimizer] = _View((), [], optimizer.state)
+    if view.state is not optimizer.state:
+        view.state = optimizer.state
+        view.synced.clear()
+    if view.signature != signature:
+        view.signature = signature
+        view.entries = [
+            (group, parameter, weight)
+            for group in groups
+            for parameter in group["params"]
+            if (weight := masked_weight_of(parameter)) is not None
+        ]
     return view
 
 
@@ -103,7 +114,7 @@ def _before_step(
     if not view.entries:
         return None
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-    if closure is None:
+    if not callable(closure):
         _prepare(optimizer, view)
         return None
 
@@ -124,18 +135,20 @@ def _prepare(optimizer: Optimizer, view: _View) -> None:
         controller = weight.controller
         weight.follow(parameter)
         if controller.phase is Phase.SPARSE:
-            if view.synced.get(weight.name) != (id(weight), weight.mask_version):
+            if not view.is_synced(weight):
                 zero_state(optimizer, parameter, weight.bits, keep=True)
-                mark_synced(optimizer, weight)
+                view.synced[weight] = weight.mask_version
             weight.enforce_zeros(parameter)
-            if parameter.grad is not None:
-                weight.clean_gradient(parameter.grad, Routing.ACTIVE)
+            weight.clean_gradient(parameter, Routing.ACTIVE)
         elif controller.phase is Phase.RESU:
             assert controller.resurrection is not None
+            if weight not in view.synced and not controller.resurrection.resumed:
+                zero_state(optimizer, parameter, weight.bits, keep=True)  # from before sparsify
+                view.synced[weight] = weight.mask_version
             controller.resurrection.before_step(optimizer, group, weight, parameter)
 
 
-def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _after_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
     view = _views.get(optimizer)
     if view is not None and view.entries:
         _finish(optimizer, view, final=True)
@@ -144,17 +157,16 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
 def _finish(optimizer: Optimizer, view: _View, *, final: bool) -> None:
     elementwise = type(optimizer) in ELEMENTWISE
     for _, parameter, weight in view.entries:
+        weight.step_count += 1
         controller = weight.controller
         if controller.phase is Phase.RESU:
             assert controller.resurrection is not None
-            controller.resurrection.after_step(optimizer, weight)
+            controller.resurrection.after_step(weight)
         elif controller.phase is Phase.SPARSE and final:
-            if elementwise:
+            # a step hook of the user's own may have written the gradient after _prepare
+            if elementwise and weight.gradient_is_clean(parameter, Routing.ACTIVE):
                 weight.trust_value(parameter)
             else:
+                weight.distrust_value()  # not every optimizer's writes reach the version counter
                 weight.enforce_zeros(parameter)
                 zero_state(optimizer, parameter, weight.bits, keep=True)
-
-
-
-__all__ = ["ELEMENTWISE", "install", "mark_synced", "optimizers_of"]

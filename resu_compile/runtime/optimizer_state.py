@@ -10,11 +10,20 @@ from torch import Tensor
 from resu_compile.kernels.mask_bits import zero_where_
 
 
-def same_shaped_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Iterator[Tensor]:
-    """The tensors of ``optimizer.state[parameter]`` that have one entry for each weight."""
-    for value in optimizer.state.get(parameter, {}).values():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            yield value
+def same_shaped_state(
+    optimizer: torch.optim.Optimizer, parameter: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of ``optimizer.state[parameter]`` with one number for each weight.
+
+    Integer tensors are left out: in the state of an 8-bit optimizer the code 0 is not the number 0.
+    """
+    for key, value in optimizer.state.get(parameter, {}).items():
+        if (
+            isinstance(value, Tensor)
+            and value.shape == parameter.shape
+            and value.is_floating_point()
+        ):
+            yield key, value
 
 
 def zero_state(
@@ -22,5 +31,5 @@ def zero_state(
 ) -> None:
     """Zero the state of ``parameter`` in place wherever the mask bit differs from ``keep``."""
     with torch.no_grad():
-        for value in same_shaped_state(optimizer, parameter):
+        for _, value in same_shaped_state(optimizer, parameter):
             zero_where_(value, bits.to(value.device), keep)

@@ -14,7 +14,7 @@ https://arxiv.org/abs/1412.6980
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 from resu_compile.config import ResurrectionConfig
 from resu_compile.errors import ArgumentError
+from resu_compile.kernels.effective_weight import route_gradient
 from resu_compile.kernels.mask_bits import zero_where_
 from resu_compile.phase import Routing
+from resu_compile.runtime.commit import CommitReport
 from resu_compile.runtime.optimizer_state import same_shaped_state, zero_state
 from resu_compile.state import MaskedWeight
 
@@ -37,12 +39,11 @@ class ThetaState:
     buffers: dict[str, Tensor] = field(default_factory=dict)
 
     def buffer(self, name: str, like: Tensor) -> Tensor:
-        """The buffer ``name``, zeros of the shape of ``like`` the first time."""
-        if name not in self.buffers:
-            self.buffers[name] = torch.zeros_like(like, memory_format=torch.preserve_format)
-        elif self.buffers[name].device != like.device:
-            self.buffers[name] = self.buffers[name].to(like.device)
-        return self.buffers[name]
+        """The buffer ``name`` on the device and in the dtype of ``like``; zeros the first time."""
+        found = self.buffers.get(name)
+        found = torch.zeros_like(like) if found is None else found.to(like)
+        self.buffers[name] = found
+        return found
 
 
 Rule = Callable[[Tensor, Tensor, ThetaState, float, ResurrectionConfig], None]
@@ -76,12 +77,23 @@ RULES: dict[str, Rule] = {"adam": adam_rule, "sgd": sgd_rule}
 
 
 class Resurrection:
-    """One RESU phase of one controller."""
+    """One RESU phase of one controller.
+
+    Attributes:
+        config: what ``resurrect`` was given.
+        states: weight name -> what the rule remembers.
+        report: what the commit did, once there was one.
+        resumed: True if it came out of a ``state_dict``.
+        score_lost: True if its commit was to use a score function, which no ``state_dict`` holds.
+    """
 
     def __init__(self, config: ResurrectionConfig) -> None:
         self.config = config
         self.states: dict[str, ThetaState] = {}
-        self._between: dict[str, _Between] = {}
+        self.report: CommitReport | None = None
+        self.resumed = False
+        self.score_lost = False
+        self._hidden: dict[str, _Hidden] = {}
 
     @property
     def routing(self) -> Routing:
@@ -98,7 +110,7 @@ class Resurrection:
             return
         mask = weight.mask
         sigma = float(parameter.detach()[mask].float().std(unbiased=False)) if weight.nnz else 0.0
-        noise = torch.empty(weight.shape)
+        noise = torch.empty(weight.shape)  # drawn on the CPU: the same theta on every device
         if config.init == "normal":
             noise.normal_(0.0, config.eps * sigma, generator=generator)
         else:
@@ -106,7 +118,6 @@ class Resurrection:
         with torch.no_grad():
             theta = noise.to(device=parameter.device, dtype=parameter.dtype)
             parameter.copy_(torch.where(mask, parameter, theta))
-        weight.distrust_value()
 
     # -- around optimizer.step() ---------------------------------------------------------------
     def before_step(
@@ -118,28 +129,47 @@ class Resurrection:
     ) -> None:
         """Move theta by its rule and hide from the optimizer what it must not move."""
         config = self.config
-        grad = parameter.grad
-        if grad is None or weight.nnz == weight.numel:
+        hidden = self._hidden.get(weight.name)
+        if hidden is not None and hidden.backward_count == weight.backward_count:
+            hidden.depth += 1  # a step() that calls another one: theta has moved already
             return
-        weight.clean_gradient(grad, self.routing)
-        between = _Between(parameter)
-        self._between[weight.name] = between
-        if config.rule == "optimizer":
-            if config.freeze_active:
-                between.keep_active(optimizer)
+        self._recover(weight)
+        if parameter.grad is None:
             return
-        if not _skipped_by_scaler(optimizer):
-            self._move_theta(optimizer, group, weight, parameter, grad)
-        if config.freeze_active:
-            between.hide_gradient()
+        weight.clean_gradient(parameter, self.routing)
+        own_rule = config.rule != "optimizer"
+        has_theta = weight.nnz < weight.numel
+        if own_rule and has_theta and not _skipped_by_scaler(optimizer):
+            self._move_theta(optimizer, group, weight, parameter)
+        if not config.freeze_active and not (own_rule and has_theta):
+            return  # all of it is the optimizer's
+        hidden = self._hidden[weight.name] = _Hidden(optimizer, weight, parameter)
+        if not config.freeze_active:
+            hidden.set_theta_aside()
+        elif own_rule or not has_theta:
+            hidden.hide_gradient()
         else:
-            between.set_theta_aside(weight)
+            hidden.keep_active()
 
-    def after_step(self, optimizer: torch.optim.Optimizer, weight: MaskedWeight) -> None:
+    def after_step(self, weight: MaskedWeight) -> None:
         """Put back what ``before_step`` hid."""
-        between = self._between.pop(weight.name, None)
-        if between is not None:
-            between.restore(optimizer, weight)
+        hidden = self._hidden.get(weight.name)
+        if hidden is not None:
+            hidden.depth -= 1
+            if hidden.depth == 0:
+                del self._hidden[weight.name]
+                hidden.restore_gradient()
+                hidden.restore_weight()
+
+    def recover(self, weights: Mapping[str, MaskedWeight]) -> None:
+        """Put back the weights that a ``step()`` that raised has left without theta."""
+        for name in list(self._hidden):
+            self._recover(weights[name])
+
+    def _recover(self, weight: MaskedWeight) -> None:
+        hidden = self._hidden.pop(weight.name, None)
+        if hidden is not None:
+            hidden.restore_weight()  # the gradient is of a step that is past
 
     def _move_theta(
         self,
@@ -147,20 +177,8 @@ class Resurrection:
         group: dict[str, Any],
         weight: MaskedWeight,
         parameter: nn.Parameter,
-        grad: Tensor,
     ) -> None:
         config = self.config
-        state = self.states.setdefault(weight.name, ThetaState())
-        state.step += 1
-        theta_grad = grad.detach().to(parameter.dtype)
-        if self.routing is not Routing.PRUNED:
-            theta_grad = theta_grad.clone()
-            zero_where_(theta_grad, weight.bits, False)
-        scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler for fused optimizers
-        if scale is not None:
-            theta_grad = theta_grad / scale.to(theta_grad.device)
-        if group.get("maximize", False):
-            theta_grad = -theta_grad
         if config.lr is None and "lr" not in group:
             raise ArgumentError(
                 f"lr: expected a number, because {type(optimizer).__name__} has no 'lr' in its "
@@ -168,29 +186,47 @@ class Resurrection:
             )
         lr = float(group["lr"]) if config.lr is None else config.lr
         with torch.no_grad():
-            RULES[config.rule](parameter, theta_grad, state, lr, config)
+            assert parameter.grad is not None
+            grad = parameter.grad.detach().to(parameter.dtype)
+            if self.routing is not Routing.PRUNED:
+                grad = route_gradient(grad, weight.bits, False)
+            scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler, if step() unscales
+            if scale is not None:
+                grad = grad / scale.to(grad.device)
+            if group.get("maximize", False):
+                grad = -grad
+            state = self.states.setdefault(weight.name, ThetaState())
+            state.step += 1
+            RULES[config.rule](parameter, grad, state, lr, config)
 
     # -- state ---------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """Plain data and tensors: the configuration, and each theta's step and buffers."""
         config = asdict(self.config)
-        if callable(config["score"]):
-            config["score"] = "magnitude"  # a function is not data; commit(score=...) takes it
         config["betas"] = list(self.config.betas)
+        if callable(config["score"]) or self.score_lost:
+            config["score"] = None  # a function is no data
         return {
             "config": config,
             "states": {
-                name: {"step": state.step, "buffers": dict(state.buffers)}
+                name: {
+                    "step": state.step,
+                    "buffers": {key: value.clone() for key, value in state.buffers.items()},
+                }
                 for name, state in self.states.items()
             },
         }
 
     @classmethod
-    def from_state_dict(cls, data: dict[str, Any]) -> Resurrection:
+    def from_state_dict(cls, data: Mapping[str, Any]) -> Resurrection:
         """The phase that ``state_dict`` described; tensors are copied."""
         config = dict(data["config"])
-        config["betas"] = tuple(config["betas"])
+        score_lost = config["score"] is None
+        if score_lost:
+            del config["score"]
         phase = cls(ResurrectionConfig(**config))
+        phase.resumed = True
+        phase.score_lost = score_lost
         for name, entry in data["states"].items():
             buffers = {key: value.clone() for key, value in entry["buffers"].items()}
             phase.states[name] = ThetaState(int(entry["step"]), buffers)
@@ -203,50 +239,61 @@ def _skipped_by_scaler(optimizer: torch.optim.Optimizer) -> bool:
     return found_inf is not None and bool(found_inf.item())
 
 
-class _Between:
-    """What is set aside of one weight while the user's optimizer steps."""
+class _Hidden:
+    """What is hidden of one weight while the user's optimizer steps."""
 
-    def __init__(self, parameter: nn.Parameter) -> None:
-        self.parameter = parameter
-        self.gradient: Tensor | None = None
-        self.theta: Tensor | None = None
-        self.saved: list[tuple[Tensor, Tensor]] = []
-        self.active_kept = False
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, weight: MaskedWeight, parameter: nn.Parameter
+    ) -> None:
+        self.depth = 1
+        self.backward_count = weight.backward_count
+        self._optimizer = optimizer
+        self._weight = weight
+        self._parameter = parameter
+        self._gradient = parameter.grad
+        self._stand_in = parameter.grad
+        self._theta: Tensor | None = None
+        self._active: Tensor | None = None
+        self._active_state: dict[str, Tensor] = {}
 
     def hide_gradient(self) -> None:
         """Without a gradient every optimizer leaves the weight alone, weight decay included."""
-        self.gradient = self.parameter.grad
-        self.parameter.grad = None
+        self._stand_in = self._parameter.grad = None
 
-    def set_theta_aside(self, weight: MaskedWeight) -> None:
+    def set_theta_aside(self) -> None:
         """With 0 in the pruned places the optimizer's momentum and decay cannot reach theta."""
+        bits, parameter = self._weight.bits, self._parameter
         with torch.no_grad():
-            self.theta = self.parameter.detach().clone()
-            zero_where_(self.theta, weight.bits, False)
-            zero_where_(self.parameter, weight.bits, True)
-            assert self.parameter.grad is not None
-            zero_where_(self.parameter.grad, weight.bits, True)
+            self._theta = parameter.detach().clone()
+            zero_where_(self._theta, bits, False)
+            zero_where_(parameter, bits, True)
+            assert parameter.grad is not None
+            self._stand_in = parameter.grad = route_gradient(parameter.grad, bits, True)
 
-    def keep_active(self, optimizer: torch.optim.Optimizer) -> None:
+    def keep_active(self) -> None:
         """Copy the weight and its state, to put the active part back after the step."""
-        self.active_kept = True
-        tensors = [self.parameter.detach(), *same_shaped_state(optimizer, self.parameter)]
-        self.saved = [(tensor, tensor.clone()) for tensor in tensors]
+        self._active = self._parameter.detach().clone()
+        state = same_shaped_state(self._optimizer, self._parameter)
+        self._active_state = {key: value.detach().clone() for key, value in state}
 
-    def restore(self, optimizer: torch.optim.Optimizer, weight: MaskedWeight) -> None:
-        """Undo what ``before_step`` did."""
+    def restore_gradient(self) -> None:
+        """Give the parameter back the gradient that the optimizer did not see."""
+        if self._parameter.grad is self._stand_in:
+            self._parameter.grad = self._gradient
+
+    def restore_weight(self) -> None:
+        """Put theta back, or the active weights and their state."""
+        bits, parameter = self._weight.bits, self._parameter
         with torch.no_grad():
-            if self.gradient is not None:
-                self.parameter.grad = self.gradient
-            if self.theta is not None:
-                zero_where_(self.parameter, weight.bits, True)
-                zero_state(optimizer, self.parameter, weight.bits, keep=True)
-                self.parameter.add_(self.theta)
-            if self.active_kept:
-                mask = weight.mask
-                known = {id(tensor) for tensor, _ in self.saved}
-                for tensor, before in self.saved:
-                    tensor.copy_(torch.where(mask, before, tensor))
-                for fresh in same_shaped_state(optimizer, self.parameter):
-                    if id(fresh) not in known:  # made in this step: untouched means zero
-                        zero_where_(fresh, weight.bits, False)
+            if self._theta is not None:
+                zero_where_(parameter, bits, True)
+                zero_state(self._optimizer, parameter, bits, keep=True)
+                parameter.add_(self._theta)
+            if self._active is not None:
+                mask = self._weight.mask
+                parameter.copy_(torch.where(mask, self._active, parameter))
+                for key, value in same_shaped_state(self._optimizer, parameter):
+                    if key in self._active_state:
+                        value.copy_(torch.where(mask, self._active_state[key], value))
+                    else:  # made in this step: untouched means zero
+                        zero_where_(value, bits.to(value.device), False)

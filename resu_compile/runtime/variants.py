@@ -3,60 +3,126 @@
 A training graph has a variant for each routing of gradients; DENSE and an unfrozen RESU phase share
 one, because in both every place is trained. An inference graph has a dense variant and, in the
 SPARSE phase, one for each choice of sparse kernels, made anew only when counts change.
+
+What a call has to know is kept by the parameters that it brings (``_Binding``) and, until masks or
+phase change, by the controllers' epochs (``_Run``), so that a call looks up and compares only.
 """
 
 from __future__ import annotations
 
+import logging
+import operator
 import weakref
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from resu_compile.config import CompileConfig
+from resu_compile.errors import WeightError
 from resu_compile.passes.effective_weight import route_gradients
 from resu_compile.passes.find_weights import WeightSite, find_weights
 from resu_compile.passes.fx_utils import copy_graph_module
 from resu_compile.passes.sparse_matmul import insert_sparse_matmuls
 from resu_compile.phase import Phase, Routing
+from resu_compile.runtime.controller import Controller
 from resu_compile.runtime.csr_cache import csr_of
+from resu_compile.runtime.measure import sparse_buckets
 from resu_compile.runtime.module_hooks import unchanged_check
-try:
-    from resu_compile.runtime.measure import sparse_buckets
-except ImportError:
-    sparse_buckets = lambda *a: 0
-from resu_compile.state import MaskedWeight, masked_weight_of
+from resu_compile.state import MaskedWeight, masked_weight_of, registry_epoch
+
+logger = logging.getLogger(__name__)
 
 Compiled = Callable[..., Any]
 InnerCompile = Callable[[fx.GraphModule, Sequence[Any]], Compiled]
 Adopt = Callable[[fx.GraphModule, Sequence[Any]], None]
 
+_known_controllers: weakref.WeakSet[Controller] = weakref.WeakSet()
+
+
+def know(controller: Controller) -> None:
+    """Let graphs look among the weights of ``controller`` for parameters that are new to them."""
+    _known_controllers.add(controller)
+
+
+@dataclass
+class _Variant:
+    """A compiled graph and the further inputs it takes.
+
+    Attributes:
+        call: the compiled graph.
+        masks: positions of the weights whose packed masks it takes.
+        csr: (position, transposed) of the weights whose row storage it takes, three tensors each.
+        node_type: class of AOTAutograd's backward node, known after the first call.
+        slots: (slot of that node's gradients, position of the weight) of each of ``masks``.
+        holds: whether it is right for the sizes among the arguments; None if for all.
+    """
+
+    call: Compiled
+    masks: list[int]
+    csr: list[tuple[int, bool]]
+    node_type: type | None = None
+    slots: list[tuple[int, int]] = field(default_factory=list)
+    holds: Callable[[Sequence[Any]], bool] | None = None
+
 
 class _Binding:
-    """The masked weights among one set of arguments."""
+    """One set of parameters that the graph is called with, and the masked weights among them."""
 
-    def __init__(self, weights: dict[int, MaskedWeight]) -> None:
+    def __init__(self, weights: dict[int, MaskedWeight], refs: list[weakref.ref[Any]]) -> None:
         self.weights = weights
+        self.refs = refs
+        self.registry_epoch = registry_epoch()
         self.controllers = list({id(w.controller): w.controller for w in weights.values()}.values())
-        self.refs = {index: weakref.ref(w.parameter) for index, w in weights.items()}
-
-    def fits(self, args: Sequence[Any]) -> bool:
-        return all(args[index] is ref() for index, ref in self.refs.items())
+        self.plan: tuple[int, tuple[tuple[int, int], ...]] | None = None
+        self.run: _Run | None = None
 
 
-class _Variant:
-    """A compiled graph and the further inputs it takes."""
+class _Run:
+    """What a binding runs until masks or phase change."""
 
-    def __init__(
-        self, call: Compiled, masks: list[int], csr: list[tuple[int, bool]], routed: bool
-    ) -> None:
-        self.call = call
-        self.masks = masks
-        self.csr = csr
-        self.routed = routed
-        self.gradient_slots: list[tuple[int, int]] | None = None
+    def __init__(self, binding: _Binding, variant: _Variant) -> None:
+        self.variant = variant
+        self.epochs = [(controller, controller.epoch) for controller in binding.controllers]
+        own = {id(weight) for weight in binding.weights.values()}
+        sparse = [c for c in binding.controllers if c.phase is Phase.SPARSE]
+        self.zeroed = [(i, w) for i, w in binding.weights.items() if w.controller in sparse]
+        self.zeroed_elsewhere = [
+            w for controller in sparse for w in controller.weights.values() if id(w) not in own
+        ]
+        self.bits = [(weight, weight.bits) for weight in binding.weights.values()]
+        self.csr = [(binding.weights[i], transposed) for i, transposed in variant.csr]
+        self.csr_keys: list[Any] = []
+        self.extra: list[Tensor] = [binding.weights[i].bits for i in variant.masks]
+        self.checks = [
+            unchanged_check(controller)
+            for controller in binding.controllers
+            if controller.phase is not Phase.DENSE
+        ]
+        self.announce = _announcer(variant, binding.weights)
+
+    def is_current(self) -> bool:
+        """Whether masks, phases and places of the masks are those of the beginning."""
+        for controller, epoch in self.epochs:
+            if controller.epoch != epoch:
+                return False
+        return all(weight.bits is bits for weight, bits in self.bits)
+
+    def settle(self, args: Sequence[Any]) -> None:
+        """Zeros at the pruned places, whoever wrote the weights; row storage as of now."""
+        for index, weight in self.zeroed:
+            weight.enforce_zeros(args[index])
+        for weight in self.zeroed_elsewhere:
+            weight.enforce_zeros(weight.parameter)
+        if self.csr:
+            keys = [weight.content_key() for weight, _ in self.csr]
+            if keys != self.csr_keys:
+                packed = [csr_of(weight, transposed=transposed) for weight, transposed in self.csr]
+                self.extra = [part for csr in packed for part in (csr.ptr, csr.col, csr.val)]
+                self.csr_keys = keys
 
 
 class GraphVariants:
@@ -67,8 +133,12 @@ class GraphVariants:
         example_inputs: what Dynamo captured it with.
         config: compile options.
         inner: compiles a graph module for (fake) inputs.
-        adopt: called when a call brings parameters that belong to no controller yet; None if
-            ``sparsify`` is the only way in.
+        adopt: called when a call brings parameters for the first time, to give those a controller
+            that have none yet; None if ``sparsify`` is the only way in.
+
+    Attributes:
+        training: whether gradients may flow through the graph.
+        compile_count: how many variants were compiled so far.
     """
 
     def __init__(
@@ -81,62 +151,84 @@ class GraphVariants:
     ) -> None:
         self.gm = copy_graph_module(gm)
         self.config = config
-        self.training = torch.is_grad_enabled()
+        self.training = torch.is_grad_enabled() and any(
+            isinstance(value, Tensor) and value.requires_grad for value in example_inputs
+        )
         self.compile_count = 0
         self._inner = inner
         self._adopt = adopt
         context = torch._guards.TracingContext.try_get()
         self._fake_mode = context.fake_mode if context else None
-        self._parameters = [
-            i for i, value in enumerate(example_inputs) if isinstance(value, torch.nn.Parameter)
-        ]
+        self._shape_guards: int | None = None  # Dynamo's own; known once it has frozen them
+        self._parameters = [i for i, v in enumerate(example_inputs) if isinstance(v, nn.Parameter)]
+        self._identity = _identity_of(self._parameters)
+        self._bindings: dict[tuple[int, ...], _Binding] = {}
         self._variants: dict[Hashable, _Variant] = {}
         self._sites: list[WeightSite] | None = None
-        self._binding = self._bind(example_inputs)
-        self._plan_cache: dict[tuple[int, int], tuple[tuple[int, int], ...]] = {}
-        self._variant_for(self._binding)  # errors of the compiler belong to this first call
+        self._prepare(self._bind(example_inputs))  # errors of the compiler belong to this call
 
     # -- call ----------------------------------------------------------------------------------
     def __call__(self, *args: Any) -> Any:
         """Run the variant of the present phase."""
-        binding = self._binding
-        if not binding.fits(args):
-            binding = self._binding = self._bind(args)
-        for controller in binding.controllers:
-            controller.refresh()
-        variant = self._variant_for(binding)
-        extra: list[Tensor] = [binding.weights[index].bits for index in variant.masks]
-        for index, transposed in variant.csr:
-            csr = csr_of(binding.weights[index], transposed=transposed)
-            extra += (csr.ptr, csr.col, csr.val)
-        out = variant.call(*args, *extra)
-        if variant.routed and torch.is_grad_enabled():
-            self._announce_gradients(out, variant, binding)
+        binding = self._bindings.get(self._identity(args))
+        if binding is None or binding.registry_epoch != registry_epoch():
+            binding = self._bind(args)
+        run = binding.run
+        if run is None or not run.is_current():
+            run = self._prepare(binding)
+        run.settle(args)
+        variant = run.variant
+        if variant.holds is not None and not variant.holds(args):
+            return self.gm(*args)  # eager: gradients are masked where they are accumulated
+        out = variant.call(*args, *run.extra)
+        if run.checks and self.training:
+            node = _backward_node(out, args, variant)
+            if node is not None:
+                for check in run.checks:
+                    node.register_prehook(check)
+                node.register_hook(run.announce)
         return out
 
     def _bind(self, args: Sequence[Any]) -> _Binding:
-        parameters = {index: args[index] for index in self._parameters}
+        """Find the masked weights among ``args``; remembered until one of the parameters dies."""
         if self._adopt is not None:
             self._adopt(self.gm, args)
-        found = {index: masked_weight_of(value) for index, value in parameters.items()}
-        return _Binding({index: weight for index, weight in found.items() if weight is not None})
+        identity = self._identity(args)
+        _find_replaced(identity)
+        found = {index: masked_weight_of(args[index]) for index in self._parameters}
+        weights = {index: weight for index, weight in found.items() if weight is not None}
+        for controller in {weight.controller for weight in weights.values()}:
+            know(controller)
+            controller.refresh()
 
-    # -- which variant -------------------------------------------------------------------------
-    def _variant_for(self, binding: _Binding) -> _Variant:
+        bindings = self._bindings  # self would be held by its own parameters' references
+
+        def forget(_: Any) -> None:
+            bindings.pop(identity, None)
+
+        refs = [weakref.ref(args[index], forget) for index in self._parameters]
+        binding = self._bindings[identity] = _Binding(weights, refs)
+        return binding
+
+    def _prepare(self, binding: _Binding) -> _Run:
+        """Pick the variant of the present phase, and compile it the first time."""
+        for controller in binding.controllers:
+            controller.refresh()
         key = self._key(binding)
         variant = self._variants.get(key)
         if variant is None:
             variant = self._variants[key] = self._compile(binding)
-        return variant
+        binding.run = _Run(binding, variant)
+        return binding.run
 
+    # -- which variant -------------------------------------------------------------------------
     def _key(self, binding: _Binding) -> Hashable:
         if self.training:
-            routings = [controller.routing for controller in binding.controllers]
-            if len(routings) == 1:  # the common case, without a loop over the weights
-                return (routings[0], len(binding.weights))
             return tuple((i, w.controller.routing) for i, w in binding.weights.items())
-        plan = self._plan(binding)
-        return tuple((site, bits, binding.weights[self.sites[site].index].nnz) for site, bits in plan)
+        return tuple(
+            (position, buckets, binding.weights[self.sites[position].index].nnz)
+            for position, buckets in self._plan(binding)
+        )
 
     @property
     def sites(self) -> list[WeightSite]:
@@ -147,85 +239,119 @@ class GraphVariants:
 
     def _plan(self, binding: _Binding) -> tuple[tuple[int, int], ...]:
         """(site, batch buckets) of every site that takes the sparse kernel now."""
-        if len(binding.controllers) != 1 or binding.controllers[0].phase is not Phase.SPARSE:
-            return ()
-        controller = binding.controllers[0]
-        key = (id(controller), controller.structure)
-        if key not in self._plan_cache:
-            self._plan_cache = {key: tuple(self._choose(binding))}
-        return self._plan_cache[key]
+        structure = sum(controller.structure for controller in binding.controllers)
+        if binding.plan is None or binding.plan[0] != structure:
+            binding.plan = (structure, tuple(self._choose(binding)))
+        return tuple(
+            (position, buckets)
+            for position, buckets in binding.plan[1]
+            if binding.weights[self.sites[position].index].controller.phase is Phase.SPARSE
+        )
 
-    def _choose(self, binding: _Binding) -> list[tuple[int, int]]:
-        chosen = []
+    def _choose(self, binding: _Binding) -> Iterator[tuple[int, int]]:
         for position, site in enumerate(self.sites):
             weight = binding.weights.get(site.index)
-            if weight is None or site.form is None:
-                continue
-            buckets = sparse_choice(site, weight, self.config)
-            if buckets:
-                chosen.append((position, buckets))
-        return chosen
+            if weight is not None and site.form is not None:
+                buckets = sparse_choice(site, weight, self.config)
+                if buckets:
+                    yield position, buckets
 
     # -- compile -------------------------------------------------------------------------------
     def _compile(self, binding: _Binding) -> _Variant:
+        weights = binding.weights
         masks: list[int] = []
         csr: list[tuple[int, bool]] = []
         if self.training:
-            routings = {i: w.controller.routing for i, w in binding.weights.items()}
-            trained = {
-                i: routing
-                for i, routing in routings.items()
-                if binding.weights[i].parameter.requires_grad
+            routings: dict[int, Routing] = {
+                i: w.controller.routing for i, w in weights.items() if w.parameter.requires_grad
             }
-            gm, masks, _ = route_gradients(self.gm, trained)
+            gm, masks, report = route_gradients(self.gm, routings)
         else:
-            gm, csr, _ = insert_sparse_matmuls(self.gm, self.sites, dict(self._plan(binding)))
-        extra: list[Tensor] = [binding.weights[index].bits for index in masks]
+            gm, csr, report = insert_sparse_matmuls(self.gm, self.sites, dict(self._plan(binding)))
+        logger.debug("%s", report)
+        extra: list[Tensor] = [weights[i].bits for i in masks]
         for index, transposed in csr:
-            packed = csr_of(binding.weights[index], transposed=transposed)
+            packed = csr_of(weights[index], transposed=transposed)
             extra += (packed.ptr, packed.col, packed.val)
-        call = self._compile_graph(gm, extra)
+        variant = _Variant(self._compile_graph(gm, extra), masks, csr)
+        variant.holds = self._size_check(gm)
         self.compile_count += 1
-        return _Variant(call, masks, csr, routed=bool(masks))
+        return variant
 
     def _compile_graph(self, gm: fx.GraphModule, extra: Sequence[Tensor]) -> Compiled:
         placeholders = gm.graph.find_nodes(op="placeholder")
         for node, value in zip(placeholders[len(placeholders) - len(extra) :], extra, strict=True):
             node.meta["example_value"] = self._fake(value)
         inputs = [node.meta.get("example_value") for node in placeholders]
-        tracing: Any = nullcontext()
-        if torch._guards.TracingContext.try_get() is None:
-            # a later variant of a graph that Dynamo has captured already
-            tracing = torch._guards.tracing(torch._guards.TracingContext(self._fake_mode))
-        with tracing:
+        late = torch._guards.TracingContext.try_get() is None  # Dynamo is through with this graph
+        with self._late_compilation() if late else nullcontext():
             return self._inner(gm, inputs)
+
+    @contextmanager
+    def _late_compilation(self) -> Iterator[None]:
+        """What Dynamo sets up around a backend; guards on sizes are recorded, see _size_check."""
+        from torch._dynamo.utils import preserve_rng_state
+
+        shape_env = self._fake_mode.shape_env if self._fake_mode else None
+        frozen = shape_env is not None and shape_env.frozen
+        if shape_env is not None:
+            if self._shape_guards is None:
+                self._shape_guards = len(shape_env.guards)
+            shape_env.frozen = False
+        try:
+            context = torch._guards.TracingContext(self._fake_mode)
+            with torch._guards.tracing(context), preserve_rng_state():
+                yield
+        finally:
+            if shape_env is not None:
+                shape_env.frozen = frozen
+
+    def _size_check(self, gm: fx.GraphModule) -> Callable[[Sequence[Any]], bool] | None:
+        """A check of guards on sizes that came up after Dynamo had installed its own."""
+        shape_env = self._fake_mode.shape_env if self._fake_mode else None
+        if shape_env is None or self._shape_guards is None:
+            return None
+        guards = shape_env.guards[self._shape_guards :]
+        if not guards:
+            return None
+        values = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
+        sizes = [i for i, value in enumerate(values) if isinstance(value, torch.SymInt)]
+        code = shape_env.produce_guards_expression([values[i] for i in sizes], guards=guards)
+        if not code:
+            return None
+        logger.info("a later variant is right only where %s", code)
+        return lambda args: bool(
+            shape_env.evaluate_guards_expression(code, [args[i] for i in sizes])
+        )
 
     def _fake(self, value: Tensor) -> Tensor:
         if self._fake_mode is None:
             return value
         return self._fake_mode.from_tensor(value, static_shapes=True)
 
-    # -- gradients -----------------------------------------------------------------------------
-    def _announce_gradients(self, out: Any, variant: _Variant, binding: _Binding) -> None:
-        """Tell each weight which gradient tensor this graph has masked, when its backward runs."""
-        node = _compiled_node(out)
-        if node is None:
-            return
-        if variant.gradient_slots is None:
-            variant.gradient_slots = _gradient_slots(node, binding)
-        slots = [(slot, binding.weights[index]) for slot, index in variant.gradient_slots]
 
-        def announce(grad_inputs: Sequence[Tensor | None], grad_outputs: Any) -> None:
-            for slot, weight in slots:
-                grad = grad_inputs[slot] if slot < len(grad_inputs) else None
-                if grad is not None:
-                    weight.note_graph_gradient(grad, weight.controller.routing)
-
-        node.register_hook(announce)
-        for controller in binding.controllers:
-            node.register_prehook(unchanged_check(controller))
+def _identity_of(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[int, ...]]:
+    """A function from arguments to the ids of those at ``positions``."""
+    if len(positions) < 2:  # itemgetter gives no tuple then
+        return lambda args: tuple(id(args[index]) for index in positions)
+    pick = operator.itemgetter(*positions)
+    return lambda args: tuple(map(id, pick(args)))
 
 
+def _find_replaced(identity: Iterable[int]) -> None:
+    """Let weights catch up whose module holds one of these parameters in place of their own."""
+    wanted = set(identity)
+    for controller in list(_known_controllers):
+        for weight in controller.weights.values():
+            try:
+                current = weight.owner._parameters.get(weight.attribute)
+            except WeightError:  # its module is gone; nothing here can be its parameter
+                continue
+            if id(current) in wanted and masked_weight_of(current) is not weight:  # type: ignore[arg-type]
+                weight.bind()
+
+
+# -- the sparse choice -------------------------------------------------------------------------
 def sparse_choice(site: WeightSite, weight: MaskedWeight, config: CompileConfig) -> int:
     """Bit mask of the batch buckets in which ``site`` takes the sparse kernel; 0 means dense."""
     rows, dtype = rows_and_dtype(site)
@@ -247,37 +373,59 @@ def rows_and_dtype(site: WeightSite) -> tuple[int | None, torch.dtype | None]:
     if not isinstance(out, Tensor):
         return None, None
     sizes = list(out.shape)
-    columns = -2 if site.form == "matmul_left" else -1
-    del sizes[columns]
-    if all(isinstance(size, int) for size in sizes):
-        rows = 1
-        for size in sizes:
-            rows *= size
-        return rows, out.dtype
-    return None, out.dtype
+    del sizes[-2 if site.form == "matmul_left" else -1]
+    if not all(isinstance(size, int) for size in sizes):
+        return None, out.dtype
+    rows = 1
+    for size in sizes:
+        rows *= size
+    return rows, out.dtype
 
 
-def _compiled_node(out: Any) -> Any:
-    """AOTAutograd's node behind the outputs; outputs that are views hide it by a step or two."""
-    for value in out if isinstance(out, (tuple, list)) else (out,):
-        node = value.grad_fn if isinstance(value, Tensor) else None
-        for _ in range(4):
-            if node is None or "CompiledFunction" in node.name():
-                break
-            node = node.next_functions[0][0] if node.next_functions else None
-        if node is not None and "CompiledFunction" in node.name():
+# -- gradients ---------------------------------------------------------------------------------
+def _announcer(variant: _Variant, weights: dict[int, MaskedWeight]) -> Callable[[Any, Any], None]:
+    """A hook of the backward node: tells each weight which gradient its graph has masked."""
+    routed = {i: (weights[i], weights[i].controller.routing) for i in variant.masks}
+
+    def announce(grad_inputs: Sequence[Tensor | None], _: Any) -> None:
+        for slot, index in variant.slots:
+            grad = grad_inputs[slot]
+            if grad is not None:
+                weight, routing = routed[index]
+                weight.note_graph_gradient(grad, routing)
+
+    return announce
+
+
+def _backward_node(out: Any, args: Sequence[Any], variant: _Variant) -> Any:
+    """AOTAutograd's node of this call, behind the outputs; None if nothing needs a gradient."""
+    outputs = out if isinstance(out, (tuple, list)) else (out,)
+    if variant.node_type is not None:
+        for node in _nodes_behind(outputs):
+            if type(node) is variant.node_type:
+                return node
+        return None
+    # inputs may be outputs of other compiled graphs, and may be returned
+    earlier = {type(node) for node in _nodes_behind(args)}
+    for node in _nodes_behind(outputs):
+        if "CompiledFunction" in node.name() and type(node) not in earlier:
+            positions = {id(args[index]): index for index in variant.masks}
+            variant.node_type = type(node)
+            variant.slots = [
+                (slot, positions[id(parent.variable)])
+                for slot, (parent, _) in enumerate(node.next_functions)
+                if id(getattr(parent, "variable", None)) in positions
+            ]
             return node
     return None
 
 
-def _gradient_slots(node: Any, binding: _Binding) -> list[tuple[int, int]]:
-    """(slot of the node's gradients, position of the weight) of every masked weight."""
-    positions = {id(ref()): index for index, ref in binding.refs.items()}
-    slots = []
-    for slot, (parent, _) in enumerate(node.next_functions):
-        variable = getattr(parent, "variable", None)
-        if variable is not None and id(variable) in positions:
-            slots.append((slot, positions[id(variable)]))
-    return slots
-
-
+def _nodes_behind(values: Iterable[Any]) -> Iterator[Any]:
+    """The autograd node of each tensor and, behind views of it, a few more."""
+    for value in values:
+        node = value.grad_fn if isinstance(value, Tensor) else None
+        for _ in range(4):
+            if node is None:
+                break
+            yield node
+            node = node.next_functions[0][0] if node.next_functions else None

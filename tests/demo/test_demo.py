@@ -1,0 +1,126 @@
+"""The demo on tiny models: what it trains, counts, writes and checks."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import resu_compile as resu
+from resu_compile.demo import deploy
+from resu_compile.demo.runner import DemoConfig, comparison_table, methods, run_demo
+from resu_compile.demo.tasks import Bytes, Digits, Training
+from resu_compile.demo.training import Method, train
+from resu_compile.errors import ResuCompileError
+
+STEPS = 150
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return Digits(Training(STEPS, batch_size=32, lr=1e-2, weight_decay=0.01), width=24)
+
+
+@pytest.fixture
+def config(tmp_path):
+    return DemoConfig(tmp_path / "out", cycles=3, compiled=False)
+
+
+def by_key(config: DemoConfig) -> dict[str, Method]:
+    return {method.key: method for method in methods(STEPS, config)}
+
+
+@pytest.mark.parametrize("key", ["one_shot", "gradual", "resu"])
+def test_reaches_the_sparsity_and_keeps_it(digits, config, key):
+    run = train(digits, by_key(config)[key], seed=0, budget=0.02, compiled=False)
+    control = resu.controller(run.model)
+    assert control.phase is resu.Phase.SPARSE
+    assert run.sparsity == pytest.approx(0.7, abs=0.01)
+    for name, mask in control.masks.items():
+        weight = run.model.get_parameter(name)
+        assert int(mask.sum()) == int((1 - 0.7) * mask.numel())
+        assert torch.count_nonzero(weight[~mask]) == 0
+    assert run.score.metric > 0.5  # chance is 0.1
+
+
+def test_resurrects(digits, config):
+    run = train(digits, by_key(config)["resu"], seed=0, budget=0.1, compiled=False)
+    assert run.resurrections > 0
+    assert 0.0 < run.resurrected_share <= 1.0
+
+
+def test_others_resurrect_nobody(digits, config):
+    for key in ("dense", "one_shot", "gradual"):
+        run = train(digits, by_key(config)[key], seed=0, budget=0.1, compiled=False)
+        assert run.resurrections == 0
+        assert run.resurrected_share == 0.0
+
+
+def test_a_seed_gives_the_same_run(digits, config):
+    method = by_key(config)["resu"]
+    a, b, other = (train(digits, method, seed=s, budget=0.02, compiled=False) for s in (1, 1, 2))
+    assert a.curve == b.curve
+    assert a.curve != other.curve
+    for x, y in zip(a.model.parameters(), b.model.parameters(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_every_method_has_the_same_start_and_steps(digits, config):
+    plans = by_key(config)
+    assert {method.plan[-1].stop for method in plans.values()} == {STEPS}
+    curves = {
+        key: train(digits, method, seed=0, budget=0.02, compiled=False).curve
+        for key, method in plans.items()
+    }
+    first = {key: curve[0] for key, curve in curves.items()}  # all are dense that early
+    assert len(set(first.values())) == 1
+
+
+def test_demo_end_to_end(digits, config, capsys):
+    training = Training(24, batch_size=4, lr=1e-3, weight_decay=0.1)
+    text = Bytes(training, width=32, layers=1, heads=2, context=16, eval_batches=1)
+    results = run_demo([digits, text], config)
+
+    printed = capsys.readouterr().out
+    assert comparison_table(results) in printed
+    assert printed.count("outputs agree") == 2
+    assert {path.name for path in config.output.iterdir()} == {
+        "results.json",
+        "learning_curves.png",
+        "digits.pt2",
+        "bytes.pt2",
+    }
+    numbers = json.loads((config.output / "results.json").read_text())
+    for name in ("digits", "bytes"):
+        found = numbers["tasks"][name]["methods"]
+        assert set(found) == {"dense", "one_shot", "gradual", "resu"}
+        assert found["resu"]["resurrections"] > 0
+        assert found["resu"]["bytes_packed"] < found["dense"]["bytes_packed"]
+        assert all(entry["inference_ms"] > 0 for entry in found.values())
+        assert numbers["tasks"][name]["export"]["agrees"]
+
+
+def test_a_wrong_export_is_noticed(digits, config, tmp_path, monkeypatch):
+    run = train(digits, by_key(config)["one_shot"], seed=0, budget=0.02, compiled=False)
+    export = resu.export
+
+    def export_another(model, *args, **kwargs):
+        with torch.no_grad():
+            model.fc3.bias += 0.1
+        report = export(model, *args, **kwargs)
+        with torch.no_grad():
+            model.fc3.bias -= 0.1
+        return report
+
+    monkeypatch.setattr(deploy.resu, "export", export_another)
+    check = deploy.export_and_check(digits, run.model, tmp_path / "wrong.pt2")
+    assert not check.agrees
+    assert check.max_difference == pytest.approx(0.1, rel=0.01)
+
+
+def test_a_failing_process_is_reported(digits, config, tmp_path, monkeypatch):
+    run = train(digits, by_key(config)["one_shot"], seed=0, budget=0.02, compiled=False)
+    monkeypatch.setattr(deploy.resu, "export", lambda model, inputs, path: path.write_bytes(b""))  # noqa: ARG005
+    with pytest.raises(ResuCompileError, match="loading it in a new process failed"):
+        deploy.export_and_check(digits, run.model, tmp_path / "empty.pt2")
