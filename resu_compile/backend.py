@@ -54,7 +54,9 @@ def resu(
     sparsity, compiling = split_options(options or {})
     if mode is not None:
         compiling = replace(compiling, mode=mode)
-    return compile_graph(gm, example_inputs, compiling, functools.partial(_adopt, sparsity, compiling))
+    return compile_graph(
+        gm, example_inputs, compiling, functools.partial(_adopt, sparsity, compiling)
+    )
 
 
 def compile_graph(
@@ -117,14 +119,13 @@ def _traced_call(model: nn.Module) -> Callable[..., Any]:
         return model._call_impl(*args, **kwargs)
 
     # code of its own: Dynamo counts recompiles per code object
-    own = types.FunctionType(
+    return types.FunctionType(
         call.__code__.replace(co_name=f"call_{type(model).__name__}"),
         call.__globals__,
         call.__name__,
         call.__defaults__,
         call.__closure__,
     )
-    return own
 
 
 # -- torch.compile's way in --------------------------------------------------------------------
@@ -257,7 +258,7 @@ def sources_digest() -> str:
 
 
 def _cache_tag(users_pass: Any) -> Any:
-    """A pass that changes nothing; Inductor's cache key covers its ``uuid``. Runs the user's own."""
+    """A pass that runs the user's own, if any; Inductor's cache key covers its ``uuid``."""
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
     class CacheTag(CustomGraphPass):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import itertools
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -50,8 +52,8 @@ def capture(model: nn.Module, *inputs: Any, **kwargs: Any) -> list[CapturedGraph
         stack.enter_context(_kept_buffers(model))
         stack.enter_context(torch.random.fork_rng(_cuda_devices(model)))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_forgotten_by_dynamo())
-        torch.compile(call, backend=record, dynamic=False)(*inputs, **kwargs)
+        stack.enter_context(_unnoticed_by_dynamo())
+        torch.compile(call, backend=record, dynamic=False, **_isolation())(*inputs, **kwargs)
     return graphs
 
 
@@ -94,25 +96,37 @@ def _cuda_devices(model: nn.Module) -> list[torch.device]:
 
 
 @contextmanager
-def _forgotten_by_dynamo() -> Iterator[None]:
-    """Drop the graphs that Dynamo keeps meanwhile, lest they count as the model's recompiles.
+def _unnoticed_by_dynamo() -> Iterator[None]:
+    """Leave nothing of the capture with the code of the model's own modules.
 
-    After a graph break the code of the model's own modules is traced frame by frame, and Dynamo
-    limits how many graphs it keeps of one piece of code.
+    After a graph break they are traced frame by frame. Dynamo limits how many graphs it keeps of
+    one piece of code, of which it can forget all or none, and makes a size dynamic that differs
+    from the one it saw first.
     """
-    from torch._dynamo import convert_frame
-    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
-    from torch._dynamo.guards import DeletedGuardManagerWrapper
+    from torch._dynamo import convert_frame, pgo
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
 
-    made: list[tuple[types.CodeType, types.CodeType]] = []
-    handle = convert_frame.register_bytecode_hook(lambda code, new: made.append((code, new)))
+    made: dict[types.CodeType, list[types.CodeType]] = {}
+    handle = convert_frame.register_bytecode_hook(
+        lambda code, compiled: made.setdefault(code, []).append(compiled)
+    )
+    sizes = pgo.get_code_state()
+    sizes_before = copy.deepcopy(sizes)
     try:
-        yield
+        with torch._dynamo.config.patch(
+            recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16
+        ):
+            yield
     finally:
         handle.remove()
-        gone = DeletedGuardManagerWrapper("captured for resu_compile and not used any more")
-        for code, compiled in made:
-            for entry in _debug_get_cache_entry_list(code):
-                if entry.code is compiled:
-                    guards: Any = entry.guard_manager
-                    guards.extra_state.invalidate(entry, gone)
+        sizes.clear()
+        sizes.update(sizes_before)
+        for code, compiled in made.items():
+            if all(entry.code in compiled for entry in _debug_get_cache_entry_list(code)):
+                reset_code(code)
+
+
+def _isolation() -> dict[str, Any]:
+    """Newer releases can count the graphs of one ``torch.compile`` for themselves."""
+    known = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+    return {"isolate_recompiles": True} if known else {}

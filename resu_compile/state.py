@@ -249,7 +249,7 @@ class MaskedWeight:
     def _is_last_hook(self, parameter: nn.Parameter) -> bool:
         """False if a hook of the user's rewrites the gradient after ours."""
         hooks = parameter._backward_hooks
-        return hooks is not None and next(reversed(hooks)) == self._handles[0].id  # type: ignore[call-overload]
+        return hooks is not None and next(reversed(hooks)) == self._handles[0].id
 
     def _note_accumulated(self, parameter: Tensor) -> None:
         """Post-accumulate hook: remember that ``parameter.grad`` is masked as it stands."""

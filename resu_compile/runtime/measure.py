@@ -19,7 +19,6 @@ import threading
 from pathlib import Path
 from typing import Any, Literal
 
-import platformdirs
 import torch
 
 from resu_compile.errors import ArgumentError, check_number
@@ -200,7 +199,7 @@ class _Cache:
     @property
     def path(self) -> Path:
         """The file; its folder is made by the first write."""
-        return self._path or platformdirs.user_cache_path("resu_compile") / "linear_times.json"
+        return self._path or Path(torch.hub.get_dir()).parent / "resu_compile" / "linear_times.json"
 
     def get(self, key: str) -> LinearTimes | None:
         if not self._is_read:
