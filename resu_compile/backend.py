@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx, nn
@@ -22,6 +22,7 @@ from torch import fx, nn
 from resu_compile.config import CompileConfig, SparsityConfig, inductor_option_names, split_options
 from resu_compile.errors import ArgumentError, check_choice, check_known_keys
 from resu_compile.kernels.effective_weight import register_lowerings
+from resu_compile.passes.effective_weight import use_weights_themselves
 from resu_compile.passes.find_weights import find_weights
 from resu_compile.runtime.variants import Compiled, GraphVariants, know
 from resu_compile.state import masked_weight_of
@@ -72,8 +73,8 @@ def compile_graph(
     def inner(graph: fx.GraphModule, inputs: Sequence[Any]) -> Compiled:
         from torch._inductor.compile_fx import compile_fx
 
-        compiled: Compiled = compile_fx(graph, list(inputs), config_patches=dict(patches))
-        return compiled
+        compiled: Any = compile_fx(graph, list(inputs), config_patches=dict(patches))
+        return cast("Compiled", compiled)
 
     return GraphVariants(gm, example_inputs, config, inner, adopt)
 
@@ -197,7 +198,9 @@ def _modules_by_frame() -> Iterator[list[nn.Module]]:
     frame: types.FrameType | None = sys._getframe()
     while frame is not None:
         code = frame.f_code
-        if code.co_filename == eval_frame.__file__ and code.co_name in ("compile_wrapper", "_fn"):
+        if code.co_filename == eval_frame.__file__ and code.co_qualname.startswith(
+            "_TorchDynamoContext.__call__."
+        ):
             return  # whoever called torch.compile's result is no part of it
         if not str(frame.f_globals.get("__name__")).startswith(("torch._", "resu_compile.")):
             yield _modules_of(frame.f_locals, frame.f_globals, code)
@@ -240,9 +243,10 @@ def inductor_patches(config: CompileConfig) -> dict[str, Any]:
         patches.update(list_mode_options(config.mode))
     check_known_keys(config.inductor_options, inductor_option_names(), what="Inductor option")
     patches.update(config.inductor_options)
-    pass_name = "post_grad_custom_pre_pass"
-    users_pass = patches.get(pass_name) or getattr(torch._inductor.config, pass_name)
-    patches[pass_name] = _cache_tag(users_pass)
+    own = {"post_grad_custom_pre_pass": None, "joint_custom_pre_pass": use_weights_themselves}
+    for name, graph_pass in own.items():
+        users = patches.get(name) or getattr(torch._inductor.config, name)
+        patches[name] = _passes(graph_pass, users)
     return patches
 
 
@@ -257,20 +261,24 @@ def sources_digest() -> str:
     return digest.hexdigest()
 
 
-def _cache_tag(users_pass: Any) -> Any:
-    """A pass that runs the user's own, if any; Inductor's cache key covers its ``uuid``."""
+def _passes(own: Callable[[fx.Graph], None] | None, users: Any) -> Any:
+    """One pass for Inductor: ours if any, then the user's. Its cache key covers the ``uuid``."""
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
-    class CacheTag(CustomGraphPass):
+    theirs = list(users) if isinstance(users, (list, tuple)) else [users] if users else []
+
+    class Passes(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
-            if users_pass is not None:
-                users_pass(graph)
+            for graph_pass in [own, *theirs] if own else theirs:
+                graph_pass(graph)
 
         def uuid(self) -> Any:
-            if users_pass is None:
-                return f"resu_compile {sources_digest()}"
-            if isinstance(users_pass, CustomGraphPass) and users_pass.uuid() is not None:
-                return f"resu_compile {sources_digest()} {users_pass.uuid()!r}"
-            return None  # a pass without a uuid cannot be cached
+            uuids = [
+                graph_pass.uuid() if isinstance(graph_pass, CustomGraphPass) else None
+                for graph_pass in theirs
+            ]
+            if None in uuids:
+                return None  # a pass without a uuid cannot be cached
+            return f"resu_compile {sources_digest()} {uuids!r}"
 
-    return CacheTag()
+    return Passes()

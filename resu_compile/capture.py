@@ -104,7 +104,7 @@ def _unnoticed_by_dynamo() -> Iterator[None]:
     from the one it saw first.
     """
     from torch._dynamo import convert_frame, pgo
-    from torch._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list, remove_from_cache
 
     made: dict[types.CodeType, list[types.CodeType]] = {}
     handle = convert_frame.register_bytecode_hook(
@@ -123,7 +123,7 @@ def _unnoticed_by_dynamo() -> Iterator[None]:
         sizes.update(sizes_before)
         for code, compiled in made.items():
             if all(entry.code in compiled for entry in _debug_get_cache_entry_list(code)):
-                reset_code(code)
+                remove_from_cache(code)
 
 
 def _isolation() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from resu_compile.config import DEFAULT_EXCLUDE, CompileConfig, SparsityConfig
 from resu_compile.errors import ArgumentTypeError, PhaseError, check_known_keys
 from resu_compile.methods import Method
-from resu_compile.runtime.allocation import new_masks
+from resu_compile.runtime.allocation import new_generator, new_masks
 from resu_compile.runtime.controller import Controller, find_controller
 from resu_compile.selection import select
 from resu_compile.state import masked_weight_of
@@ -134,7 +134,7 @@ def attach_controller(
     check_plain(model)
     with torch.inference_mode(False):  # masks are for training too
         selection = select(model, config, captured)
-        generator = torch.Generator().manual_seed(config.seed)
+        generator = new_generator(config.seed)
         masks = new_masks(selection.chosen, config, generator)
         if config.from_zeros:
             active = sum(int(mask.sum()) for mask in masks.values())

@@ -5,6 +5,7 @@ Both show every weight, also where nothing was gained, and every parameter left 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -152,9 +153,12 @@ def report(model: nn.Module) -> Report:
     skipped = controller.skipped if controller else {}
     if controller:
         controller.refresh()
+    unknown = "new since the model was sparsified" if controller else "model is not sparsified"
     rows = []
     for weight in named_weights(getattr(model, "_orig_mod", model)):
         parameter = weight.parameter
+        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+            continue  # lazy: neither shape nor bytes yet
         mask = masked.get(weight.name)
         dense = parameter.numel() * parameter.element_size()
         packed = _packed_bytes(parameter, mask.nnz) if mask else dense
@@ -169,7 +173,7 @@ def report(model: nn.Module) -> Report:
                 pruned=parameter.numel() - mask.nnz if mask else 0,
                 bytes_dense=dense,
                 bytes_packed=min(packed, dense),
-                note="" if mask else skipped.get(weight.name, "model is not sparsified"),
+                note="" if mask else skipped.get(weight.name, unknown),
             )
         )
     return Report(tuple(rows), str(controller.phase) if controller else "none")
@@ -288,15 +292,14 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
         for site in graph.sites
         if id(graph.parameters[site.index]) in names
     ]
-    skipped = dict(controller.skipped) if controller else {}
+    found = {row.parameter for row in rows}
     if controller is None:
-        found = {row.parameter for row in rows}
-        skipped = {name: "no matmul multiplies by it" for name in names.values() if name not in found}
+        skipped = {n: "no matmul multiplies by it" for n in names.values() if n not in found}
     else:
-        found = {row.parameter for row in rows}
-        for name in controller.weights:
-            if name not in found:
-                skipped[name] = "masked, but this call multiplies nothing by it"
+        unused = dict.fromkeys(
+            controller.weights.keys() - found, "masked, but this call multiplies nothing by it"
+        )
+        skipped = {**controller.skipped, **dict(sorted(unused.items()))}
     device = next((str(p.device) for p in inner.parameters()), "cpu")
     return Explanation(tuple(rows), skipped, len(graphs), device)
 
@@ -305,7 +308,7 @@ def _explain_site(
     site: WeightSite, graph: CapturedGraph, name: str, controller: Controller | None
 ) -> SiteRow:
     from resu_compile.runtime.measure import linear_times
-    from resu_compile.runtime.variants import rows_and_dtype, sparse_choice
+    from resu_compile.runtime.variants import rows_and_dtype, sparse_choice, uses_cuda_graphs
 
     parameter = graph.parameters[site.index]
     weight = controller.weights.get(name) if controller else None
@@ -328,10 +331,10 @@ def _explain_site(
                 weight.sparsity,
                 dtype or parameter.dtype,
                 rows,
+                cuda_graphs=uses_cuda_graphs(config),
             )
-            dense_ms, sparse_ms = times.dense_ms, times.sparse_ms
-        if not buckets:
-            reason = _why_dense(config, weight.sparsity)
+            dense_ms, sparse_ms = _measured(times.dense_ms), _measured(times.sparse_ms)
+        reason = "" if buckets else _why_dense(config, weight.sparsity, sparse_ms)
     dense_bytes = parameter.numel() * parameter.element_size()
     return SiteRow(
         parameter=name,
@@ -351,10 +354,19 @@ def _explain_site(
     )
 
 
-def _why_dense(config: CompileConfig, sparsity: float) -> str:
-    if config.sparse_threshold == "auto":
+def _measured(time_ms: float) -> float | None:
+    return None if math.isnan(time_ms) else time_ms
+
+
+def _why_dense(config: CompileConfig, sparsity: float, sparse_ms: float | None) -> str:
+    threshold = config.sparse_threshold
+    if threshold == 1.0:
+        return "sparse_threshold=1.0 turns the sparse kernel off"
+    if sparse_ms is None:
+        return "no sparse kernel for this device, dtype and size"
+    if threshold == "auto":
         return "dense measured faster, or too small or dense to gain"
-    return f"sparsity {sparsity:.2%} is under sparse_threshold={config.sparse_threshold}"
+    return f"sparsity {sparsity:.2%} is under sparse_threshold={threshold}"
 
 
 def _controller_of(model: nn.Module) -> Controller | None:

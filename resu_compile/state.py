@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 _REGISTRY: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _registry_epoch = 0
 
+_REPAIR = (
+    "controller(model).release() makes a model plain, then sparsify(model, from_zeros=True) takes "
+    "it up as it is now"
+)
+
 
 def masked_weight_of(parameter: Tensor) -> MaskedWeight | None:
     """The masked weight that ``parameter`` is, or None."""
@@ -84,19 +89,20 @@ class MaskedWeight:
         """The module that holds the parameter."""
         found = self._owner()
         if found is None:
-            raise WeightError(f"{self.name}: expected its module to be alive, it is gone")
+            raise WeightError(
+                f"{self.name}: expected the module that holds it to be alive, but the model was "
+                f"deleted or the layer replaced; {_REPAIR}"
+            )
         return found
 
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter as the model holds it now; its masks and hooks follow it."""
-        owner = self._owner()
-        current = None if owner is None else owner._parameters.get(self.attribute)
+        current = self.owner._parameters.get(self.attribute)
         if current is None:
             raise WeightError(
                 f"{self.name}: expected the model to still hold this parameter, found none; "
-                "controller(model).release() makes the model plain, then sparsify(model, "
-                "from_zeros=True) takes it up as it is now"
+                f"{_REPAIR}"
             )
         if self._parameter is None or current is not self._parameter():
             self.bind()
@@ -281,10 +287,6 @@ class MaskedWeight:
             else:
                 zero_where_(grad, self.bits, routing.keeps_active)
         self._note_clean(grad, routing)
-
-    def gradient_is_clean(self, parameter: nn.Parameter, routing: Routing) -> bool:
-        """True if ``parameter.grad`` is absent, or has not been written since it was masked."""
-        return parameter.grad is None or self._is_clean(parameter.grad, routing)
 
 
 def _stamp(parameter: Tensor) -> tuple[int, int]:

@@ -46,7 +46,9 @@ def test_a_wrong_sparsity_argument_is_named(argument, value, error):
 
 
 def test_global_ranking_decides_the_layers_by_itself():
-    with pytest.raises(ArgumentError, match="^distribution: expected 'uniform' with scope='global'"):
+    with pytest.raises(
+        ArgumentError, match="^distribution: expected 'uniform' with scope='global'"
+    ):
         SparsityConfig(scope="global", distribution="erk")
 
 
@@ -58,7 +60,7 @@ def test_selectors_become_tuples():
 
 
 def test_a_config_with_predicates_can_be_pickled_without_them():
-    config = SparsityConfig(0.4, targets=lambda name, p: True, exclude=lambda name, p: False)
+    config = SparsityConfig(0.4, targets=lambda _name, _p: True, exclude=lambda _name, _p: False)
     kept = pickle.loads(pickle.dumps(config.without_predicates()))
     assert kept.sparsity == 0.4
     assert kept.targets is None
@@ -122,6 +124,7 @@ def test_options_are_split():
 
 def test_an_unknown_option_lists_the_known():
     with pytest.raises(
-        ArgumentError, match=r"^unknown option 'sparsty' \(did you mean 'sparsity'\?\); known: .*targets"
+        ArgumentError,
+        match=r"^unknown option 'sparsty' \(did you mean 'sparsity'\?\); known: .*targets",
     ):
         split_options({"sparsty": 0.5})

@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 from resu_compile.distributions import DISTRIBUTIONS, erk, uniform
 from resu_compile.sparsity import keep_count
 
-LENET = {"conv1": (6, 1, 5, 5), "conv2": (16, 6, 5, 5), "fc1": (120, 256), "fc2": (84, 120), "fc3": (10, 84)}
+LENET = {
+    "conv1": (6, 1, 5, 5),
+    "conv2": (16, 6, 5, 5),
+    "fc1": (120, 256),
+    "fc2": (84, 120),
+    "fc3": (10, 84),
+}
 
 
 def erk_by_the_formula(shapes, sparsity):

@@ -27,7 +27,9 @@ def test_sparsity_is_a_python_float(value):
 
 @pytest.mark.parametrize("value", [1, 1.0, -0.1, 1.5, math.nan, math.inf, -math.inf])
 def test_sparsity_out_of_range(value):
-    with pytest.raises(ArgumentError, match=rf"^sparsity: expected a number in \[0, 1\), got {value!r}$"):
+    with pytest.raises(
+        ArgumentError, match=rf"^sparsity: expected a number in \[0, 1\), got {value!r}$"
+    ):
         check_sparsity(value)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import resu_compile
+
 README = Path(__file__).parents[1] / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
@@ -26,6 +28,5 @@ def test_snippet_runs(snippet, tmp_path, monkeypatch):
         example = namespace["batches"][0][0]
         torch.testing.assert_close(namespace["program"](example), namespace["model"](example))
     if "compiled" in namespace:
-        import resu_compile
-
-        assert resu_compile.controller(namespace["compiled"]).sparsity == pytest.approx(0.7, abs=0.01)
+        sparsity = resu_compile.controller(namespace["compiled"]).sparsity
+        assert sparsity == pytest.approx(0.7, abs=0.01)

@@ -115,7 +115,9 @@ def test_global_without_floors_is_one_ranking(scores, density):
     total = int(density * len(flat))
     masks = global_topk_masks(tensors, total, dict.fromkeys(tensors, 0))
     joined = [bit for mask in masks.values() for bit in mask.tolist()]
-    expected = by_sorting([max(value, -3.5e38) if value == -INF else value for value in flat], total)
+    expected = by_sorting(
+        [max(value, -3.5e38) if value == -INF else value for value in flat], total
+    )
     assert joined == expected
 
 

@@ -38,7 +38,7 @@ def dense_plan(steps: int) -> Plan:
     return (Span(0, steps, Phase.DENSE, 0.0),)
 
 
-def one_shot_plan(steps: int, sparsity: float, *, prune_at: float = 0.5) -> Plan:
+def one_shot_plan(steps: int, sparsity: float, *, prune_at: float = 0.7) -> Plan:
     """Train dense, prune once at the share ``prune_at`` of the steps, fine-tune the rest."""
     check_plan(steps, sparsity)
     cut = round(steps * prune_at)
@@ -46,7 +46,7 @@ def one_shot_plan(steps: int, sparsity: float, *, prune_at: float = 0.5) -> Plan
 
 
 def gradual_plan(
-    steps: int, sparsity: float, *, prunings: int = 20, begin: float = 0.1, end: float = 0.75
+    steps: int, sparsity: float, *, prunings: int = 10, begin: float = 0.5, end: float = 0.75
 ) -> Plan:
     """Prune a little more at each of ``prunings`` steps of a cubic ramp; then recover.
 
@@ -69,8 +69,8 @@ def resu_plan(
     steps: int,
     sparsity: float,
     *,
-    cycles: int = 20,
-    begin: float = 0.1,
+    cycles: int = 5,
+    begin: float = 0.5,
     end: float = 0.75,
     resu_share: float = 0.3,
 ) -> Plan:

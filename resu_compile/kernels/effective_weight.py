@@ -4,9 +4,12 @@
     backward:  dw = m * dw_eff           (keep_active=True, SPARSE)
                dw = (1 - m) * dw_eff     (keep_active=False, RESU with the active set frozen)
 
-In eager mode the forward copies, because an op may not return its input. Inductor's lowering
-returns the input and costs nothing; the backward lowers to a pointwise expression that reads
-``bits[i >> 3] >> (i & 7) & 1`` and fuses with the kernel that produces the gradient.
+In eager mode the forward copies, because an op may not return its input. A compiled graph costs
+nothing forward: ``passes/effective_weight`` puts the weight itself in place of the op once the
+backward is traced. (A lowering that returned its input would not do: AOTAutograd would take the
+result, saved for backward, for memory that it may use again, and write over the weight.) The
+backward lowers to a pointwise expression that reads ``bits[i >> 3] >> (i & 7) & 1`` and fuses with
+the kernel that produces the gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from resu_compile.kernels.mask_bits import check_bits, unpack_mask
 
 # -- reference -------------------------------------------------------------------------------
 def route_gradient_reference(grad: Tensor, bits: Tensor, keep_active: bool) -> Tensor:
-    """``grad`` where the mask bit equals ``keep_active``, 0 elsewhere. ``where``: NaN * 0 is NaN."""
+    """``grad`` where the mask bit equals ``keep_active``, else 0, also in place of a NaN."""
     mask = unpack_mask(bits, grad.shape)
     zero = torch.zeros((), dtype=grad.dtype, device=grad.device)
     return torch.where(mask if keep_active else ~mask, grad, zero)
@@ -38,16 +41,17 @@ def route_gradient(grad: Tensor, bits: Tensor, keep_active: bool) -> Tensor:
         keep_active: True keeps the gradient at the active set, False at the pruned set.
 
     Returns:
-        Contiguous tensor of the shape and dtype of ``grad``.
+        Tensor like ``grad``, strides included: the parameter's own, as the gradient has them.
     """
     check_bits(bits, grad.numel())
-    return route_gradient_reference(grad, bits, keep_active).contiguous()
+    mask = unpack_mask(bits, grad.shape)
+    return grad.clone().masked_fill_(~mask if keep_active else mask, 0)
 
 
 @route_gradient.register_fake
 def _route_gradient_fake(grad: Tensor, bits: Tensor, keep_active: bool) -> Tensor:
     check_bits(bits, grad.numel())
-    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+    return torch.empty_like(grad)
 
 
 def _route_gradient_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -91,19 +95,15 @@ effective_weight.register_autograd(_route_gradient_backward, setup_context=_rout
 
 # -- Inductor lowering -----------------------------------------------------------------------
 def register_lowerings() -> None:
-    """Teach Inductor both ops. Called by the backend, so that importing stays light."""
-    import sympy
+    """Teach Inductor the pointwise op. Called by the backend, so that importing stays light."""
+    import sympy  # type: ignore[import-untyped]
     from torch._inductor import ir
     from torch._inductor.lowering import lowerings, register_lowering
     from torch._inductor.virtualized import ops
     from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
-    if torch.ops.resu_compile.effective_weight.default in lowerings:
+    if torch.ops.resu_compile.route_gradient.default in lowerings:
         return
-
-    @register_lowering(torch.ops.resu_compile.effective_weight, type_promotion_kind=None)
-    def _lower_effective_weight(weight: Any, bits: Any, keep_active: bool) -> Any:
-        return weight
 
     @register_lowering(torch.ops.resu_compile.route_gradient, type_promotion_kind=None)
     def _lower_route_gradient(grad: Any, bits: Any, keep_active: bool) -> Any:

@@ -6,6 +6,13 @@
 
 The packed mask becomes an input of the graph: a commit changes its bytes and compiles nothing.
 A weight that the graph returns or writes to is left alone: eager code masks its gradient.
+
+In the joint graph, where the backward stands beside the forward, the op has done its work:
+
+    w_eff = effective_weight(w, bits, True)         y = linear(x, w)
+    y = linear(x, w_eff)                     ==>    ...
+    ...                                             dw = route_gradient(dw_eff, bits, True)
+    dw = route_gradient(dw_eff, bits, True)
 """
 
 from __future__ import annotations
@@ -76,3 +83,11 @@ def route_gradients(
     result.recompile()
     report.elapsed_ms = (time.perf_counter() - started) * 1e3
     return result, taken, report
+
+
+def use_weights_themselves(graph: fx.Graph) -> None:
+    """Put each weight in place of its ``effective_weight`` in a joint graph, which is changed."""
+    effective_weight = torch.ops.resu_compile.effective_weight.default
+    for node in graph.find_nodes(op="call_function", target=effective_weight):
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)

@@ -342,7 +342,7 @@ def _bodies(node: fx.Node, gm: fx.GraphModule) -> list[tuple[fx.GraphModule, lis
     if not isinstance(node.target, torch._ops.HigherOrderOperator):
         return []
     flat: list[Any] = []
-    for arg in (*node.args, *node.kwargs.values()):
+    for arg in node.args:
         flat.extend(arg if isinstance(arg, (tuple, list)) else [arg])
     references = [a for a in flat if isinstance(a, fx.Node) and a.op == "get_attr"]
     operands = [a for a in flat if a not in references]

@@ -19,6 +19,14 @@ ALIASES = frozenset(
         *("type", "type_as", "float", "half", "bfloat16", "double", "cuda", "cpu"),
     }
 )
+_WRITING_DUNDERS = frozenset(
+    {"__setitem__"}
+    | {
+        f"__i{name}__"
+        for name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow")
+        + ("and", "or", "xor", "lshift", "rshift")
+    }
+)
 # Calls whose result holds nothing but elements of their first operand.
 VIEWS = ALIASES | {"clone", "repeat", "index_select"}
 
@@ -113,8 +121,6 @@ def _writes(node: fx.Node) -> bool:
         first = node.target._schema.arguments[0]
         return first.alias_info is not None and first.alias_info.is_write
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if name in ("setitem", "__setitem__"):
-        return True
     if getattr(node.target, "__module__", "") == "_operator":
-        return name.startswith("i") and hasattr(torch.Tensor, f"__{name}__")  # iadd, imul, ...
-    return name.endswith("_") and not name.endswith("__")
+        name = f"__{name}__"
+    return name in _WRITING_DUNDERS or (name.endswith("_") and not name.endswith("__"))

@@ -51,7 +51,8 @@ def insert_sparse_matmuls(
                 append_placeholder(result.graph, f"{site.weight}_{'t_' * key[1]}{part}")
                 for part in ("ptr", "col", "val")
             )
-        _replace(result.graph, site, twins, packed[key], chosen)
+        # a later site may take this one's product as its x
+        twins[site.node] = _replace(result.graph, site, twins, packed[key], chosen)
         report.rewritten[site.node.name] = f"sparse_linear, buckets {chosen:b}"
     result.graph.lint()
     result.recompile()
@@ -65,7 +66,7 @@ def _replace(
     twins: Mapping[fx.Node, fx.Node],
     csr: tuple[fx.Node, ...],
     buckets: int,
-) -> None:
+) -> fx.Node:
     assert site.x is not None
     assert site.matrix is not None
     node, x, weight = twins[site.node], twins[site.x], twins[site.matrix]
@@ -83,3 +84,4 @@ def _replace(
         product.meta["example_value"] = node.meta["example_value"]
     node.replace_all_uses_with(product)
     graph.erase_node(node)
+    return product

@@ -15,6 +15,16 @@ from resu_compile.selection import NamedWeight, check_values, matches
 from resu_compile.sparsity import global_topk_masks, keep_count, topk_mask
 
 
+def new_generator(seed: int) -> torch.Generator:
+    """A CPU generator for masks and theta.
+
+    Its stream is not that of ``torch.manual_seed(seed)``, which may have drawn the weights: random
+    masks and theta would then be functions of them.
+    """
+    # 32 bits are what the CPU generator reads
+    return torch.Generator().manual_seed((seed ^ 0x9E3779B9) & 0xFFFFFFFF)
+
+
 def new_masks(
     weights: Sequence[NamedWeight],
     config: SparsityConfig,

@@ -34,7 +34,7 @@ from resu_compile.errors import (
 from resu_compile.kernels.mask_bits import pack_mask, unpack_mask
 from resu_compile.phase import Phase, Routing
 from resu_compile.runtime import optimizer_hooks
-from resu_compile.runtime.allocation import new_masks
+from resu_compile.runtime.allocation import new_generator, new_masks
 from resu_compile.runtime.commit import CommitReport, amnesty_mask, compare_masks
 from resu_compile.runtime.module_hooks import AfterForward, BeforeForward, ControllerSlot
 from resu_compile.runtime.optimizer_state import zero_state
@@ -43,6 +43,8 @@ from resu_compile.selection import NamedWeight, check_overrides, check_values
 from resu_compile.state import MaskedWeight
 
 STATE_VERSION = 1
+STATE_KEYS = ("version", "phase", "config", "masks", "shapes", "generator", "resurrection")
+PRUNE_ARGUMENTS = ("method", "scope", "distribution", "overrides", "min_density")
 
 
 def find_controller(model: nn.Module) -> Controller | None:
@@ -98,7 +100,7 @@ class Controller:
         self.config = config
         self.compile_config = compile_config or CompileConfig()
         self.skipped = dict(skipped)
-        self.generator = generator or torch.Generator().manual_seed(config.seed)
+        self.generator = generator or new_generator(config.seed)
         self.resurrection: Resurrection | None = None
         self.epoch = 0
         self.structure = 0
@@ -247,8 +249,7 @@ class Controller:
             raise PhaseError(
                 "prune: expected phase dense or sparse, got resu; commit() or abandon() first"
             )
-        known = ("method", "scope", "distribution", "overrides", "min_density")
-        check_known_keys(changes, known, what="argument of prune")
+        check_known_keys(changes, PRUNE_ARGUMENTS, what="argument of prune")
         if sparsity is not None:
             changes["sparsity"] = sparsity
         config = replace(self.config, from_zeros=False, **changes)
@@ -439,21 +440,29 @@ class Controller:
 
     # -- state ---------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
-        """Masks, phase, theta's state and random generator as plain data and tensors.
+        """Masks, phase, what ``prune`` goes by, theta's state and the random generator.
 
-        The weights, theta included, are in the model's own ``state_dict()``. Loads with
-        ``torch.load(weights_only=True)``. All tensors are copies.
+        The weights, theta included, are in the model's own ``state_dict()``. It is plain data and
+        tensors, which load with ``torch.load(weights_only=True)``, and all of it is a copy. A
+        method or score that was given as an object or a function is not data and is left out.
         """
         if self.resurrection is not None:
             self.resurrection.recover(self._weights)
         return {
             "version": STATE_VERSION,
             "phase": str(self._phase),
+            "config": self._config_state(),
             "masks": {name: weight.bits.clone() for name, weight in self._weights.items()},
             "shapes": {name: list(weight.shape) for name, weight in self._weights.items()},
             "generator": self.generator.get_state(),
             "resurrection": self.resurrection.state_dict() if self.resurrection else None,
         }
+
+    def _config_state(self) -> dict[str, Any]:
+        values = {key: getattr(self.config, key) for key in ("sparsity", *PRUNE_ARGUMENTS)}
+        if not isinstance(values["method"], str):
+            del values["method"]
+        return {**values, "overrides": dict(self.config.overrides)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` gave. Nothing changes if the state does not fit.
@@ -469,6 +478,7 @@ class Controller:
             name: unpack_mask(state["masks"][name].to(weight.bits.device), weight.shape)
             for name, weight in self._weights.items()
         }
+        config = replace(self.config, **state["config"])
         phase, saved = Phase(state["phase"]), state["resurrection"]
         resurrection = Resurrection.from_state_dict(saved) if saved else None
         self.generator.set_state(state["generator"].cpu())
@@ -477,13 +487,13 @@ class Controller:
             weight.set_mask(masks[name])
         if any(self._weights[name].nnz != count for name, count in counts.items()):
             self.structure += 1
+        self.config = config
         self._phase = phase
         self.resurrection = resurrection
         self.epoch += 1
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
-        keys = ("version", "phase", "masks", "shapes", "generator", "resurrection")
-        if not isinstance(state, Mapping) or any(key not in state for key in keys):
+        if not isinstance(state, Mapping) or any(key not in state for key in STATE_KEYS):
             raise ArgumentError(
                 "state: expected what controller(model).state_dict() returns, got "
                 + (f"keys {sorted(map(str, state))}" if isinstance(state, Mapping) else repr(state))
@@ -492,6 +502,10 @@ class Controller:
             raise ArgumentError(
                 f"state: expected version {STATE_VERSION}, got {state['version']!r}; "
                 "load it with the release that wrote it"
+            )
+        if state["phase"] not in list(Phase):
+            raise ArgumentError(
+                f"state: expected a phase among {', '.join(Phase)}, got {state['phase']!r}"
             )
         missing = sorted(set(self._weights) - set(state["masks"]))
         unexpected = sorted(set(state["masks"]) - set(self._weights))

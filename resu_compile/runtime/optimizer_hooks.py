@@ -19,6 +19,8 @@ from weakref import WeakKeyDictionary
 from torch import nn, optim
 from torch.optim.optimizer import (
     Optimizer,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
@@ -155,7 +157,7 @@ def _after_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str,
 
 
 def _finish(optimizer: Optimizer, view: _View, *, final: bool) -> None:
-    elementwise = type(optimizer) in ELEMENTWISE
+    elementwise = type(optimizer) in ELEMENTWISE and not _has_other_hooks(optimizer)
     for _, parameter, weight in view.entries:
         weight.step_count += 1
         controller = weight.controller
@@ -163,10 +165,19 @@ def _finish(optimizer: Optimizer, view: _View, *, final: bool) -> None:
             assert controller.resurrection is not None
             controller.resurrection.after_step(weight)
         elif controller.phase is Phase.SPARSE and final:
-            # a step hook of the user's own may have written the gradient after _prepare
-            if elementwise and weight.gradient_is_clean(parameter, Routing.ACTIVE):
+            if elementwise:
                 weight.trust_value(parameter)
             else:
                 weight.distrust_value()  # not every optimizer's writes reach the version counter
                 weight.enforce_zeros(parameter)
                 zero_state(optimizer, parameter, weight.bits, keep=True)
+
+
+def _has_other_hooks(optimizer: Optimizer) -> bool:
+    """Hooks of the user's own run between ours and may write anything."""
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or len(_global_optimizer_pre_hooks) > 1
+        or len(_global_optimizer_post_hooks) > 1
+    )

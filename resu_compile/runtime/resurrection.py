@@ -39,9 +39,15 @@ class ThetaState:
     buffers: dict[str, Tensor] = field(default_factory=dict)
 
     def buffer(self, name: str, like: Tensor) -> Tensor:
-        """The buffer ``name`` on the device and in the dtype of ``like``; zeros the first time."""
+        """The buffer ``name`` on the device of ``like``; zeros the first time.
+
+        At least float32: in float16 an Adam denominator of 1e-8 is 0, and 0 / 0 is NaN.
+        """
         found = self.buffers.get(name)
-        found = torch.zeros_like(like) if found is None else found.to(like)
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        if found is None:
+            found = torch.zeros_like(like, dtype=dtype)
+        found = found.to(device=like.device, dtype=dtype)
         self.buffers[name] = found
         return found
 
@@ -187,7 +193,7 @@ class Resurrection:
         lr = float(group["lr"]) if config.lr is None else config.lr
         with torch.no_grad():
             assert parameter.grad is not None
-            grad = parameter.grad.detach().to(parameter.dtype)
+            grad = parameter.grad.detach().to(torch.promote_types(parameter.dtype, torch.float32))
             if self.routing is not Routing.PRUNED:
                 grad = route_gradient(grad, weight.bits, False)
             scale = getattr(optimizer, "grad_scale", None)  # set by GradScaler, if step() unscales

@@ -212,7 +212,7 @@ def copies_beyond_l2(size_bytes: int, l2_bytes: int) -> int:
     return min(2 * l2_bytes // max(size_bytes, 1) + 2, CUDA_MAX_COPIES)
 
 
-def capture_calls(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+def capture_calls(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     """One CUDA graph of ``calls`` in a row: their time on the device, without launching them."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -93,15 +93,12 @@ class _Run:
         self.zeroed_elsewhere = [
             w for controller in sparse for w in controller.weights.values() if id(w) not in own
         ]
+        self.resurrecting = [c for c in binding.controllers if c.resurrection is not None]
         self.bits = [(weight, weight.bits) for weight in binding.weights.values()]
         self.csr = [(binding.weights[i], transposed) for i, transposed in variant.csr]
         self.csr_keys: list[Any] = []
         self.extra: list[Tensor] = [binding.weights[i].bits for i in variant.masks]
-        self.checks = [
-            unchanged_check(controller)
-            for controller in binding.controllers
-            if controller.phase is not Phase.DENSE
-        ]
+        self.checks = [unchanged_check(controller) for controller in binding.controllers]
         self.announce = _announcer(variant, binding.weights)
 
     def is_current(self) -> bool:
@@ -112,11 +109,14 @@ class _Run:
         return all(weight.bits is bits for weight, bits in self.bits)
 
     def settle(self, args: Sequence[Any]) -> None:
-        """Zeros at the pruned places, whoever wrote the weights; row storage as of now."""
+        """Do what ``Controller.refresh`` does, and keep row storage as of now."""
         for index, weight in self.zeroed:
             weight.enforce_zeros(args[index])
         for weight in self.zeroed_elsewhere:
-            weight.enforce_zeros(weight.parameter)
+            weight.refresh(zero=True)
+        for controller in self.resurrecting:
+            if controller.resurrection is not None:
+                controller.resurrection.recover(controller.weights)
         if self.csr:
             keys = [weight.content_key() for weight, _ in self.csr]
             if keys != self.csr_keys:
@@ -364,7 +364,17 @@ def sparse_choice(site: WeightSite, weight: MaskedWeight, config: CompileConfig)
         dtype or weight.parameter.dtype,
         rows,
         config.sparse_threshold,
+        cuda_graphs=uses_cuda_graphs(config),
     )
+
+
+def uses_cuda_graphs(config: CompileConfig) -> bool:
+    """Whether mode or options ask Inductor for CUDA graphs."""
+    from torch._inductor import list_mode_options
+
+    name = "triton.cudagraphs"
+    options: dict[str, Any] = list_mode_options(config.mode) if config.mode else {}
+    return bool(config.inductor_options.get(name, options.get(name, False)))
 
 
 def rows_and_dtype(site: WeightSite) -> tuple[int | None, torch.dtype | None]:

@@ -14,21 +14,21 @@ from resu_compile.demo.tasks import Bytes, Digits, Training
 from resu_compile.demo.training import Method, train
 from resu_compile.errors import ResuCompileError
 
-STEPS = 150
+TRAINING = Training(150, batch_size=32, lr=1e-2, weight_decay=0.01, ramp=(0.2, 0.7), cycles=3)
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return Digits(Training(STEPS, batch_size=32, lr=1e-2, weight_decay=0.01), width=24)
+    return Digits(TRAINING, width=24)
 
 
 @pytest.fixture
 def config(tmp_path):
-    return DemoConfig(tmp_path / "out", cycles=3, compiled=False)
+    return DemoConfig(tmp_path / "out", compiled=False)
 
 
 def by_key(config: DemoConfig) -> dict[str, Method]:
-    return {method.key: method for method in methods(STEPS, config)}
+    return {method.key: method for method in methods(TRAINING, config)}
 
 
 @pytest.mark.parametrize("key", ["one_shot", "gradual", "resu"])
@@ -68,7 +68,7 @@ def test_a_seed_gives_the_same_run(digits, config):
 
 def test_every_method_has_the_same_start_and_steps(digits, config):
     plans = by_key(config)
-    assert {method.plan[-1].stop for method in plans.values()} == {STEPS}
+    assert {method.plan[-1].stop for method in plans.values()} == {TRAINING.steps}
     curves = {
         key: train(digits, method, seed=0, budget=0.02, compiled=False).curve
         for key, method in plans.items()
@@ -78,7 +78,7 @@ def test_every_method_has_the_same_start_and_steps(digits, config):
 
 
 def test_demo_end_to_end(digits, config, capsys):
-    training = Training(24, batch_size=4, lr=1e-3, weight_decay=0.1)
+    training = Training(24, batch_size=4, lr=1e-3, weight_decay=0.1, ramp=(0.2, 0.8), cycles=2)
     text = Bytes(training, width=32, layers=1, heads=2, context=16, eval_batches=1)
     results = run_demo([digits, text], config)
 

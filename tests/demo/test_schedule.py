@@ -21,14 +21,14 @@ PLANS = {
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-@given(steps=st.integers(20, 3000), sparsity=st.floats(0.01, 0.99))
+@given(steps=st.integers(40, 3000), sparsity=st.floats(0.01, 0.99))
 def test_covers_every_step_once(plan, steps, sparsity):
     spans = plan(steps, sparsity)
     assert [step for span in spans for step in range(span.start, span.stop)] == list(range(steps))
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-@given(steps=st.integers(20, 3000), sparsity=st.floats(0.01, 0.99))
+@given(steps=st.integers(40, 3000), sparsity=st.floats(0.01, 0.99))
 def test_sparsity_never_falls(plan, steps, sparsity):
     spans = plan(steps, sparsity)
     assert all(a.sparsity <= b.sparsity for a, b in itertools.pairwise(spans))
@@ -36,7 +36,7 @@ def test_sparsity_never_falls(plan, steps, sparsity):
 
 
 @given(
-    steps=st.integers(100, 3000),
+    steps=st.integers(260, 3000),
     cycles=st.integers(1, 30),
     resu_share=st.floats(0.0, 1.0),
 )
@@ -61,7 +61,7 @@ def test_cubic_ends():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"steps": 20, "sparsity": 0.7, "cycles": 10}, "cycles: expected at most 6 in 20 steps"),
+        ({"steps": 20, "sparsity": 0.7, "cycles": 10}, "cycles: expected at most 2 in 20 steps"),
         ({"steps": 20, "sparsity": 0.7, "cycles": 0}, "cycles: expected at least 1"),
         ({"steps": 0, "sparsity": 0.7}, "steps: expected at least 1"),
         ({"steps": 20, "sparsity": 1.0}, "sparsity: expected a number in"),

@@ -1,4 +1,4 @@
-"""What only a GPU shows: fused and capturable optimizers, GradScaler, CUDA graphs, Triton kernels."""
+"""What only a GPU shows: fused and capturable optimizers, GradScaler, CUDA graphs, Triton."""
 
 from __future__ import annotations
 

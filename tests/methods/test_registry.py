@@ -7,7 +7,7 @@ from resu_compile.methods.registry import _METHODS
 
 
 class ByIndex:
-    def score(self, weight, generator):
+    def score(self, weight, _generator):
         return torch.arange(weight.numel(), dtype=torch.float32).view(weight.shape)
 
 
@@ -24,7 +24,9 @@ def test_get_by_name_and_by_object():
 
 @pytest.mark.parametrize("name", ["rgl", "", "Magnitude"])
 def test_an_unknown_name_lists_the_known(name):
-    with pytest.raises(ArgumentError, match=f"^method: unknown method {name!r}; registered: .*magnitude"):
+    with pytest.raises(
+        ArgumentError, match=f"^method: unknown method {name!r}; registered: .*magnitude"
+    ):
         get_method(name)
 
 
