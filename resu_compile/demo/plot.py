@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resu_compile.demo.schedule import Plan
-from resu_compile.demo.tasks import Task
+from resu_compile.demo.tasks import Score, Task
 from resu_compile.demo.training import Run
 from resu_compile.phase import Phase
 
@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
-COLOURS = {"dense": "#000000", "one_shot": "#E69F00", "gradual": "#56B4E9", "resu": "#D55E00"}
-STYLES = {"dense": "--", "one_shot": "-", "gradual": "-", "resu": "-"}
+STYLES = {
+    "dense": {"color": "#000000", "linestyle": "--"},
+    "one_shot": {"color": "#E69F00", "linestyle": "-"},
+    "gradual": {"color": "#56B4E9", "linestyle": "-"},
+    "resu": {"color": "#D55E00", "linestyle": "-"},
+}
 
 
 def plot_runs(results: Sequence[tuple[Task, Sequence[Run]]], path: Path) -> None:
@@ -49,32 +53,36 @@ def plot_runs(results: Sequence[tuple[Task, Sequence[Run]]], path: Path) -> None
 
 
 def _draw_task(top: Axes, bottom: Axes, task: Task, runs: Sequence[Run]) -> None:
-    percent = task.metric == "accuracy"
+    later = []
     for run in runs:
-        key = run.method.key
         steps = [step for step, _ in run.curve]
-        values = [score.metric * (100.0 if percent else 1.0) for _, score in run.curve]
+        values = [_height(task, score) for _, score in run.curve]
         label = f"{run.method.label}: {format_metric(task, run.score.metric)}"
-        style = {"color": COLOURS[key], "linestyle": STYLES[key], "linewidth": 1.6}
-        top.plot(steps, values, label=label, **style)  # type: ignore[arg-type]
+        style = STYLES[run.method.key]
+        top.plot(steps, values, label=label, linewidth=1.6, **style)  # type: ignore[arg-type]
         edges, heights = _stairs(run.method.plan)
-        bottom.plot(edges, heights, drawstyle="steps-post", **style)  # type: ignore[arg-type]
-    for run in runs:
+        bottom.plot(edges, heights, drawstyle="steps-post", linewidth=1.6, **style)  # type: ignore[arg-type]
         if run.method.key == "resu":
             _shade(top, run.method.plan)
             _shade(bottom, run.method.plan)
-    finals = [score.metric * (100.0 if percent else 1.0) for run in runs for _, score in run.curve]
-    _zoom(top, finals, higher_is_better=task.higher_is_better)
+        # the methods differ from here on
+        later += [h for step, h in zip(steps, values, strict=True) if step >= 0.45 * steps[-1]]
+    _zoom(top, later)
     top.set_title(task.title)
-    unit = "accuracy in %" if percent else task.metric
-    top.set_ylabel(f"held-out {unit} ({'higher' if task.higher_is_better else 'lower'} is better)")
-    top.legend(loc="lower right" if task.higher_is_better else "upper right", framealpha=0.95)
+    unit = "loss in nats" if task.metric == "accuracy" else task.metric
+    top.set_ylabel(f"held-out {unit} (lower is better)")
+    top.legend(loc="lower left", framealpha=0.95)
     bottom.set_ylabel("pruned in %")
     bottom.set_xlabel("step")
     bottom.set_xlim(0, task.training.steps)
     bottom.set_ylim(-3, 100)
     for axis in (top, bottom):
         axis.grid(alpha=0.25, linewidth=0.6)
+
+
+def _height(task: Task, score: Score) -> float:
+    """What the curve shows: the loss says more than an accuracy of a few hundred images."""
+    return score.loss if task.metric == "accuracy" else score.metric
 
 
 def _stairs(plan: Plan) -> tuple[list[int], list[float]]:
@@ -91,19 +99,18 @@ def _shade(axis: Axes, plan: Plan) -> None:
             continue
         resu = span.phase is Phase.RESU
         name = "RESU phases" if resu else "dense warm-up of RESU"
-        colour = COLOURS["resu"] if resu else "#999999"
+        colour = STYLES["resu"]["color"] if resu else "#999999"
         label = "_" if name in labelled else name
         axis.axvspan(span.start, span.stop, color=colour, alpha=0.16, linewidth=0, label=label)
         labelled.add(name)
 
 
-def _zoom(axis: Axes, values: Sequence[float], *, higher_is_better: bool) -> None:
-    """Leave the first steps out of the frame: the methods differ in the rest."""
-    ordered = sorted(values, reverse=higher_is_better)
-    best, typical = ordered[0], ordered[int(0.85 * (len(ordered) - 1))]
-    margin = 0.08 * abs(typical - best) or 0.01
-    low, high = sorted((best, typical))
-    axis.set_ylim(low - margin, high + margin)
+def _zoom(axis: Axes, heights: Sequence[float]) -> None:
+    """Frame all but the highest tenth: how far a curve shoots up matters less than its end."""
+    ordered = sorted(heights)
+    low, high = ordered[0], ordered[int(0.9 * (len(ordered) - 1))]
+    margin = 0.1 * (high - low) or 0.01
+    axis.set_ylim(low - margin, high + 2 * margin)
 
 
 def format_metric(task: Task, value: float) -> str:

@@ -177,7 +177,7 @@ def _task_dict(result: TaskResult) -> dict[str, Any]:
                 "bytes_packed": resu.report(run.model).bytes_packed,
                 "inference_ms": result.time_ms[run.method.key],
                 "train_s": run.train_s,
-                "curve": [[step, score.metric] for step, score in run.curve],
+                "curve": [[step, score.metric, score.loss] for step, score in run.curve],
             }
             for run in result.runs
         },

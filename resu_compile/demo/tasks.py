@@ -74,7 +74,6 @@ class Task(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     metric: ClassVar[str]
-    higher_is_better: ClassVar[bool]
 
     training: Training
     device: str = "cpu"
@@ -128,7 +127,6 @@ class Digits(Task):
     name = "digits"
     title = "Handwritten digits"
     metric = "accuracy"
-    higher_is_better = True
 
     width: int = 128
     train: Batch = field(init=False, repr=False)
@@ -254,7 +252,6 @@ class Bytes(Task):
     name = "bytes"
     title = "Bytes of Python's standard library"
     metric = "bits per byte"
-    higher_is_better = False
 
     width: int = 128
     layers: int = 3

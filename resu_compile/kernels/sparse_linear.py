@@ -131,9 +131,9 @@ def csr_unpack(csr: CsrWeight, shape: tuple[int, int]) -> Tensor:
     """The dense ``(N, K)`` weight that ``csr`` stores, 0 where nothing was kept."""
     counts = csr.ptr.diff().to(torch.int64)
     row = torch.arange(shape[0], device=csr.val.device).repeat_interleave(counts)
-    weight = csr.val.new_zeros(shape)
+    col, val = _wide(csr.col[: row.numel()]).long(), csr.val[: row.numel()]  # room at the end
     # accumulate: padding adds 0 to column 0 instead of overwriting it
-    return weight.index_put_((row, _wide(csr.col).long()), csr.val, accumulate=True)
+    return val.new_zeros(shape).index_put_((row, col), val, accumulate=True)
 
 
 def _wide(col: Tensor) -> Tensor:

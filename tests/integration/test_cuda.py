@@ -131,9 +131,8 @@ def test_cuda_graphs_take_new_masks_without_a_new_capture():
     torch._dynamo.reset()
     counters.clear()
     model = make_net()
-    compiled = torch.compile(
-        model, backend=resu_backend, mode="reduce-overhead", options={"sparsity": 0.7}
-    )
+    options = {"sparsity": 0.7, "mode": "reduce-overhead"}
+    compiled = torch.compile(model, backend=resu_backend, options=options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     train(compiled, optimizer, 6)
     ctl = resu.controller(compiled)

@@ -47,7 +47,7 @@ def measured(monkeypatch):
     """Replaces the stopwatch; the list grows by one row count for each measurement."""
     rows_measured = []
 
-    def fake(*key, cuda_graphs):
+    def fake(*key, **_):
         rows = key[-1]
         rows_measured.append(rows)
         return LinearTimes(1.0, rows / 32)  # sparse is faster below 32 rows
@@ -166,7 +166,7 @@ def test_empty_and_huge_weights_are_not_measured(shape, measured):
     ids=lambda e: type(e).__name__,
 )
 def test_out_of_memory_means_dense(error, monkeypatch, caplog, cache_file):
-    def fake(*_, cuda_graphs):
+    def fake(*_, **__):
         raise error
 
     monkeypatch.setattr(measure, "measure_linear", fake)
@@ -176,7 +176,7 @@ def test_out_of_memory_means_dense(error, monkeypatch, caplog, cache_file):
 
 
 def test_other_errors_are_not_hidden(monkeypatch):
-    def fake(*_, cuda_graphs):
+    def fake(*_, **__):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr(measure, "measure_linear", fake)
