@@ -233,7 +233,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "error", "named"), WRONG, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(("arguments", "error", "named"), WRONG, ids=range(len(WRONG)))
 def test_a_wrong_argument_is_named_and_changes_nothing(arguments, error, named):
     model = Mlp()
     before = fingerprint(model)

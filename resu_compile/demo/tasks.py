@@ -341,7 +341,7 @@ SIZES: tuple[str, ...] = ("small", "large")
 # small, 2 seeds; 2000 steps large, 1 seed): pruning earlier cost every method, one-shot the least.
 _DIGITS = Training(steps=600, batch_size=64, lr=2e-3, weight_decay=0.01)
 _BYTES_SMALL = Training(
-    steps=600, batch_size=16, lr=3e-3, weight_decay=0.1, ramp=(0.6, 0.85), cycles=3
+    steps=500, batch_size=16, lr=3e-3, weight_decay=0.1, ramp=(0.6, 0.85), cycles=3
 )
 _BYTES_LARGE = Training(steps=2000, batch_size=64, lr=1e-3, weight_decay=0.1, cycles=10)
 

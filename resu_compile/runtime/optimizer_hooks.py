@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn, optim
 from torch.optim.optimizer import (
     Optimizer,
@@ -68,8 +69,10 @@ def install() -> None:
     """Register the hooks with PyTorch, once a process."""
     global _installed
     if not _installed:
-        register_optimizer_step_pre_hook(_before_step)
-        register_optimizer_step_post_hook(_after_step)
+        # a compiled optimizer.step must call them, not trace them
+        untraced = torch.compiler.disable(reason="resu_compile masks gradients and state")
+        register_optimizer_step_pre_hook(untraced(_before_step))
+        register_optimizer_step_post_hook(untraced(_after_step))
         _installed = True
 
 

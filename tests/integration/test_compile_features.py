@@ -27,10 +27,12 @@ def fresh():
 @pytest.fixture
 def aot(monkeypatch):
     """AOTAutograd in place of Inductor."""
-    monkeypatch.setattr(
-        "torch._inductor.compile_fx.compile_fx",
-        lambda gm, inputs, config_patches: aot_eager(gm, inputs),
-    )
+
+    def compile_fx(gm, inputs, config_patches):
+        assert config_patches
+        return aot_eager(gm, inputs)
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
 
 
 class Net(nn.Module):
@@ -113,7 +115,7 @@ def test_reduce_overhead_is_accepted():
 
 
 def test_dynamic_training_through_inductor():
-    """The first variant of a dynamic graph, and later ones, are right for sizes they have not seen."""
+    """The first variant of a dynamic graph, and later ones, are right for sizes unseen."""
     model = resu.sparsify(Net(), 0.6, sparse_threshold=1.0, dynamic=True)
     ctl = resu.controller(model)
     plain = copy.deepcopy(model)
@@ -131,20 +133,21 @@ def test_dynamic_training_through_inductor():
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_inductors_cache_is_used_again(tmp_path):
+def test_inductors_cache_is_used_again():
     """Masks and counts are no part of the code, so another model of the class finds it."""
     model = resu.sparsify(Net(), 0.6, sparse_threshold=1.0)
+
+    def hits():
+        found = counters["inductor"]["fxgraph_cache_hit"]
+        return found + counters["aot_autograd"]["autograd_cache_hit"]
+
     with torch._inductor.config.patch(fx_graph_cache=True):
         model(X).sum().backward()
-        hits = counters["inductor"]["fxgraph_cache_hit"]
-        hits += counters["aot_autograd"]["autograd_cache_hit"]
+        before = hits()
         torch._dynamo.reset()
         other = resu.sparsify(Net(), 0.3, sparse_threshold=1.0)
         other(X).sum().backward()
-    again = (
-        counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
-    )
-    assert again > hits
+    assert hits() > before
     mask = resu.controller(other).masks["second"]
     assert (other.second.grad[~mask] == 0).all()
     assert (other.second.grad[mask] != 0).any()
@@ -166,8 +169,8 @@ def test_regional_compilation_shares_one_graph_between_blocks():
             torch.testing.assert_close(p.grad, q.grad)
         with torch.no_grad():
             torch.testing.assert_close(model(X), plain(X))
-    # one with and one without gradients, and one for a block whose input needs a gradient
-    assert counters["stats"]["unique_graphs"] <= 3
+    # training and inference; the first block's input has other strides and needs no gradient
+    assert counters["stats"]["unique_graphs"] == 4
 
 
 @pytest.mark.usefixtures("aot")
@@ -214,20 +217,20 @@ def test_force_eager_and_disable():
 VOCABULARY = 40
 
 
-def llama(**kwargs):
+def llama():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=32,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
-        **kwargs,
+        tie_word_embeddings=True,
     )
     return transformers.LlamaForCausalLM(config)
 
@@ -237,7 +240,7 @@ def gpt2():
     config = transformers.GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=16,
-        n_layer=2,
+        n_layer=1,
         n_head=2,
         n_positions=32,
         attn_pdrop=0.0,
@@ -250,7 +253,7 @@ def gpt2():
 
 
 @pytest.mark.usefixtures("aot")
-@pytest.mark.parametrize("make", [llama, gpt2, lambda: llama(tie_word_embeddings=True)])
+@pytest.mark.parametrize("make", [llama, gpt2])
 def test_language_models_train_and_generate(make):
     model = make()
     eager = copy.deepcopy(model)
@@ -261,7 +264,7 @@ def test_language_models_train_and_generate(make):
     ids = torch.randint(3, VOCABULARY, (2, 7))
     for m in (model, eager):
         optimizer = torch.optim.AdamW(m.parameters(), lr=1e-2)
-        for _ in range(3):
+        for _ in range(2):
             m(input_ids=ids, labels=ids, use_cache=False).loss.backward()
             optimizer.step()
             optimizer.zero_grad()

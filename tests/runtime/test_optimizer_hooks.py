@@ -325,16 +325,44 @@ def test_an_optimizer_step_inside_of_backward():
     assert not torch.equal(model.weight, before)
 
 
-def test_a_compiled_step():
+@pytest.mark.parametrize("phase", ["dense", "sparse", "resu"])
+def test_a_compiled_step_is_one_graph_and_ends_in_the_same_weights(phase):
+    def run(compiled):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        torch.manual_seed(0)
+        model = sparse()
+        resu.controller(model).set_phase(phase)
+        optimizer = optim.Adam(model.parameters(), lr=0.1)
+        step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+        for _ in range(4):
+            optimizer.zero_grad()
+            backward(model)
+            model.weight.grad.add_(1)
+            step()
+        if phase == "sparse":
+            clean(model, optimizer)
+        return model.weight.detach()
+
+    plain = run(False)
+    torch.testing.assert_close(run(True), plain)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 1
+
+
+def test_a_whole_training_step_compiled_by_another_backend():
     model = sparse()
-    optimizer = optim.Adam(model.parameters(), lr=0.1)
-    step = torch.compile(optimizer.step, backend="eager")
-    for _ in range(3):
+    optimizer = optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+
+    @torch.compile(backend="aot_eager")
+    def train(x):
         optimizer.zero_grad()
-        backward(model)
-        model.weight.grad.add_(1)
-        step()
-    clean(model, optimizer)
+        model(x).square().sum().backward()
+        optimizer.step()
+
+    for _ in range(3):
+        train(torch.randn(5, 6))
+        clean(model, optimizer)
 
 
 def test_an_average_of_models():
