@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from resu_compile.capture import CapturedGraph, capture
 from resu_compile.config import CompileConfig
@@ -133,7 +134,7 @@ class Report:
             ]
         )
         head = ["parameter", "shape", "dtype", "entries", "zeros", "pruned", "bytes dense"]
-        return tabulate(body, headers=[*head, "bytes packed", "left dense because"])
+        return str(tabulate(body, headers=[*head, "bytes packed", "left dense because"]))
 
     def __str__(self) -> str:
         return self.table()
@@ -157,7 +158,7 @@ def report(model: nn.Module) -> Report:
     rows = []
     for weight in named_weights(getattr(model, "_orig_mod", model)):
         parameter = weight.parameter
-        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+        if is_lazy(parameter):
             continue  # lazy: neither shape nor bytes yet
         mask = masked.get(weight.name)
         dense = parameter.numel() * parameter.element_size()

@@ -22,6 +22,38 @@ from resu_compile.errors import ArgumentError, WeightError
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
+# Words in the name of a bare parameter that is added, scaled by or looked up, not multiplied by:
+# relative_position_bias_table (Swin), pos_embed and cls_token (ViT), A_log (Mamba).
+_NO_WEIGHTS = frozenset(
+    [
+        "bias",
+        "embed",
+        "embeds",
+        "embedding",
+        "embeddings",
+        "pos",
+        "position",
+        "positional",
+        "positions",
+        "token",
+        "tokens",
+        "cls",
+        "table",
+        "log",
+        "scale",
+        "scales",
+        "gamma",
+        "beta",
+        "freq",
+        "freqs",
+        "state",
+        "states",
+        "prompt",
+        "prompts",
+        "codebook",
+    ]
+)
+
 
 @dataclass(frozen=True)
 class NamedWeight:
@@ -209,14 +241,23 @@ def _no_matmul_weight(
         return "norm"
     if weight.attribute.split("_")[0] == "bias":
         return "bias"
-    if parameter.dim() >= 3 and parameter.shape[0] == 1 and _is_bare(weight.owner):
-        return "shape [1, ...] is that of an additive table; pass example_inputs to decide by graph"
+    if _is_bare(weight.owner):
+        if parameter.dim() >= 3 and parameter.shape[0] == 1:
+            return "shape [1, ...] is that of an additive table; pass example_inputs to be sure"
+        word = next((w for w in _words(weight.attribute) if w in _NO_WEIGHTS), None)
+        if word is not None:
+            return f"named like a table or scale ({word!r}); pass example_inputs to be sure"
     return None
 
 
+def _words(attribute: str) -> list[str]:
+    return attribute.lower().replace(".", "_").split("_")
+
+
 def _is_bare(owner: nn.Module) -> bool:
-    """A module outside torch.nn: its parameters may be anything."""
-    return not type(owner).__module__.startswith("torch.nn.")
+    """A module of the user's, or a mere container: its parameters may be anything."""
+    containers = (nn.Module, nn.ParameterList, nn.ParameterDict)
+    return type(owner) in containers or not type(owner).__module__.startswith("torch.nn.")
 
 
 def _embedding_identities(model: nn.Module) -> set[object]:

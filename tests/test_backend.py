@@ -485,3 +485,49 @@ def test_release_takes_the_compiled_call_away():
     model(X)
     resu.controller(model).release()
     assert model._compiled_call_impl is None
+
+
+# -- hooks of the user's -------------------------------------------------------------------------
+@pytest.mark.usefixtures("inductor")
+@pytest.mark.parametrize("make", [Net, lambda: nn.Sequential(Net())])
+def test_hooks_of_the_user_run_whenever_they_are_added(make):
+    model = resu.sparsify(make(), 0.5, sparse_threshold=1.0)
+    expected = model(X)
+    handles = [
+        model.register_forward_pre_hook(lambda _, args: (args[0] * 2,)),
+        model.register_forward_hook(lambda _, __, out: out + 1),
+    ]
+    torch.testing.assert_close(model(X), model.eval()._call_impl(X))
+    torch.testing.assert_close(model(X), model(X))
+    assert not torch.allclose(model(X), expected)
+    handles.append(model.register_forward_hook(lambda _, __, out: out + 1))
+    torch.testing.assert_close(model(X), model._call_impl(X))
+    seen = []
+    handles.append(model.register_full_backward_hook(lambda *_: seen.append(1)))
+    model(X.clone().requires_grad_()).sum().backward()
+    assert seen == [1]
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(model(X), expected)
+
+
+@pytest.mark.usefixtures("inductor")
+def test_a_forward_put_in_place_of_the_own_one_runs():
+    model = resu.sparsify(Net(), 0.5, sparse_threshold=1.0)
+    expected = model(X)
+    forward = model.forward
+    model.forward = lambda x: forward(x) + 1
+    torch.testing.assert_close(model(X), expected + 1)
+    del model.forward
+    torch.testing.assert_close(model(X), expected)
+
+
+@pytest.mark.parametrize("outer", ["eager", "aot_eager"])
+@pytest.mark.usefixtures("inductor")
+def test_a_compiled_model_inside_another_compiled_function(outer):
+    model = resu.sparsify(Net(), 0.5, sparse_threshold=1.0)
+    mask = resu.controller(model).masks["first.weight"]
+    call = torch.compile(lambda x: model(x) * 2, backend=outer)
+    torch.testing.assert_close(call(X), model(X) * 2)
+    call(X).sum().backward()
+    assert (model.first.weight.grad[~mask] == 0).all()

@@ -299,3 +299,17 @@ def test_meta_and_inference_weights_are_refused():
 )
 def test_matches(pattern, name, expected):
     assert matches(pattern, name) is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [("A_log", "log"), ("relative_position_bias_table", "position"), ("scale", "scale")],
+)
+def test_bare_tables_and_scales_stay_dense(name, word):
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.randn(4, 4))
+    setattr(model, name, nn.Parameter(torch.randn(4, 4)))
+    chosen = select(model, SparsityConfig())
+    assert [weight.name for weight in chosen.chosen] == ["weight"]
+    assert repr(word) in chosen.skipped[name]
+    assert select(model, SparsityConfig(targets=(name,))).chosen[0].name == name

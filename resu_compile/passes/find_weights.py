@@ -87,6 +87,8 @@ _NAMES: dict[str, tuple[str, ...]] = {
 }
 _PROJECTIONS = tuple(name for name in _NAMES["multi_head_attention"] if name.endswith("_weight"))
 
+_OTHERS_MATMULS = frozenset({"mm", "bmm", "addmm", "matmul", "gemm", "linear", "einsum"})
+
 _TRANSPOSES = frozenset({"t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute", "adjoint"})
 _KEEPS = frozenset(
     {"contiguous", "clone", "detach", "alias", "get_data_attr", "data", "requires_grad_"}
@@ -328,13 +330,18 @@ def _is_row(bias: Any, matrix: fx.Node, dim: int) -> bool:
 def matmul_name(node: fx.Node) -> str | None:
     """Name of the multiplication that ``node`` is, None if it is none."""
     if node.op == "call_function":
-        if isinstance(node.target, torch._ops.OpOverload):
+        if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
             name = call_name(node)
-            return name if name in _FUNCTIONS else None
+            return name if name in _FUNCTIONS or _sounds_like_matmul(name) else None
         return _MATMULS.get(node.target)
     if node.op == "call_method":
         return _METHODS.get(str(node.target))
     return None
+
+
+def _sounds_like_matmul(name: str) -> bool:
+    """A registered op of someone else's, such as transformers' ``grouped_mm_fallback``."""
+    return not _OTHERS_MATMULS.isdisjoint(name.split("_"))
 
 
 def _bodies(node: fx.Node, gm: fx.GraphModule) -> list[tuple[fx.GraphModule, list[Any]]]:

@@ -25,7 +25,7 @@ from resu_compile.config import CompileConfig
 from resu_compile.errors import WeightError
 from resu_compile.passes.effective_weight import route_gradients
 from resu_compile.passes.find_weights import WeightSite, find_weights
-from resu_compile.passes.fx_utils import copy_graph_module
+from resu_compile.passes.fx_utils import call_name, copy_graph_module
 from resu_compile.passes.sparse_matmul import insert_sparse_matmuls
 from resu_compile.phase import Phase, Routing
 from resu_compile.runtime.controller import Controller
@@ -77,36 +77,46 @@ class _Binding:
         self.refs = refs
         self.registry_epoch = registry_epoch()
         self.controllers = list({id(w.controller): w.controller for w in weights.values()}.values())
-        self.plan: tuple[int, tuple[tuple[int, int], ...]] | None = None
+        self.bits = [(weight, weight.bits) for weight in weights.values()]
+        self.structure = -1
+        self.plan: tuple[tuple[int, int], ...] | None = None
+        self.runs: dict[Hashable, _Run] = {}
         self.run: _Run | None = None
+
+    def is_current(self) -> bool:
+        """Whether parameters and masks are where they were found."""
+        return self.registry_epoch == registry_epoch() and all(
+            [weight.bits is bits for weight, bits in self.bits]
+        )
 
 
 class _Run:
-    """What a binding runs until masks or phase change."""
+    """A variant with the further inputs that one set of parameters brings."""
 
     def __init__(self, binding: _Binding, variant: _Variant) -> None:
         self.variant = variant
-        self.epochs = [(controller, controller.epoch) for controller in binding.controllers]
         own = {id(weight) for weight in binding.weights.values()}
         sparse = [c for c in binding.controllers if c.phase is Phase.SPARSE]
         self.zeroed = [(i, w) for i, w in binding.weights.items() if w.controller in sparse]
         self.zeroed_elsewhere = [
             w for controller in sparse for w in controller.weights.values() if id(w) not in own
         ]
-        self.resurrecting = [c for c in binding.controllers if c.resurrection is not None]
-        self.bits = [(weight, weight.bits) for weight in binding.weights.values()]
+        self.controllers = binding.controllers
         self.csr = [(binding.weights[i], transposed) for i, transposed in variant.csr]
         self.csr_keys: list[Any] = []
         self.extra: list[Tensor] = [binding.weights[i].bits for i in variant.masks]
-        self.checks = [unchanged_check(controller) for controller in binding.controllers]
         self.announce = _announcer(variant, binding.weights)
+        self.begin()
+
+    def begin(self) -> None:
+        """Take this up with the masks and phases of now."""
+        self.epochs = [(controller, controller.epoch) for controller in self.controllers]
+        self.checks = [unchanged_check(controller) for controller in self.controllers]
+        self.resurrections = [(c, c.resurrection) for c in self.controllers if c.resurrection]
 
     def is_current(self) -> bool:
-        """Whether masks, phases and places of the masks are those of the beginning."""
-        for controller, epoch in self.epochs:
-            if controller.epoch != epoch:
-                return False
-        return all(weight.bits is bits for weight, bits in self.bits)
+        """Whether masks and phases are those of the beginning."""
+        return all([controller.epoch == epoch for controller, epoch in self.epochs])
 
     def settle(self, args: Sequence[Any]) -> None:
         """Do what ``Controller.refresh`` does, and keep row storage as of now."""
@@ -114,9 +124,8 @@ class _Run:
             weight.enforce_zeros(args[index])
         for weight in self.zeroed_elsewhere:
             weight.refresh(zero=True)
-        for controller in self.resurrecting:
-            if controller.resurrection is not None:
-                controller.resurrection.recover(controller.weights)
+        for controller, resurrection in self.resurrections:
+            resurrection.recover(controller.weights)
         if self.csr:
             keys = [weight.content_key() for weight, _ in self.csr]
             if keys != self.csr_keys:
@@ -165,13 +174,15 @@ class GraphVariants:
         self._bindings: dict[tuple[int, ...], _Binding] = {}
         self._variants: dict[Hashable, _Variant] = {}
         self._sites: list[WeightSite] | None = None
-        self._prepare(self._bind(example_inputs))  # errors of the compiler belong to this call
+        binding = self._bind(example_inputs)
+        self._warn_of_other_uses(binding)
+        self._prepare(binding)  # errors of the compiler belong to this call
 
     # -- call ----------------------------------------------------------------------------------
     def __call__(self, *args: Any) -> Any:
         """Run the variant of the present phase."""
         binding = self._bindings.get(self._identity(args))
-        if binding is None or binding.registry_epoch != registry_epoch():
+        if binding is None or not binding.is_current():
             binding = self._bind(args)
         run = binding.run
         if run is None or not run.is_current():
@@ -210,16 +221,41 @@ class GraphVariants:
         binding = self._bindings[identity] = _Binding(weights, refs)
         return binding
 
+    def _warn_of_other_uses(self, binding: _Binding) -> None:
+        """Say which weights were pruned by their shape alone and are not multiplied by."""
+        multiplied = {site.index for site in self.sites}
+        placeholders = self.gm.graph.find_nodes(op="placeholder")
+        for index, weight in binding.weights.items():
+            users = {call_name(user) for user in placeholders[index].users if user.op != "output"}
+            if users and index not in multiplied and weight.controller.config.targets is None:
+                logger.warning(
+                    "%s was pruned, but this graph uses it in %s and multiplies nothing by it; if "
+                    "it is no weight, exclude it or pass example_inputs to sparsify",
+                    weight.name,
+                    ", ".join(sorted(users)),
+                )
+
     def _prepare(self, binding: _Binding) -> _Run:
-        """Pick the variant of the present phase, and compile it the first time."""
-        for controller in binding.controllers:
-            controller.refresh()
-        key = self._key(binding)
-        variant = self._variants.get(key)
-        if variant is None:
-            variant = self._variants[key] = self._compile(binding)
-        binding.run = _Run(binding, variant)
-        return binding.run
+        """Take up the variant of the present phase, and compile it the first time."""
+        controllers = binding.controllers
+        structure = sum(controller.structure for controller in controllers)
+        if binding.structure != structure:  # counts changed
+            binding.structure = structure
+            binding.plan = None
+            binding.runs.clear()
+        state = tuple(
+            [(controller.phase, controller.routing) for controller in binding.controllers]
+        )
+        run = binding.runs.get(state)
+        if run is None:
+            key = self._key(binding)
+            variant = self._variants.get(key)
+            if variant is None:
+                variant = self._variants[key] = self._compile(binding)
+            run = binding.runs[state] = _Run(binding, variant)
+        run.begin()
+        binding.run = run
+        return run
 
     # -- which variant -------------------------------------------------------------------------
     def _key(self, binding: _Binding) -> Hashable:
@@ -239,12 +275,11 @@ class GraphVariants:
 
     def _plan(self, binding: _Binding) -> tuple[tuple[int, int], ...]:
         """(site, batch buckets) of every site that takes the sparse kernel now."""
-        structure = sum(controller.structure for controller in binding.controllers)
-        if binding.plan is None or binding.plan[0] != structure:
-            binding.plan = (structure, tuple(self._choose(binding)))
+        if binding.plan is None:
+            binding.plan = tuple(self._choose(binding))
         return tuple(
             (position, buckets)
-            for position, buckets in binding.plan[1]
+            for position, buckets in binding.plan
             if binding.weights[self.sites[position].index].controller.phase is Phase.SPARSE
         )
 

@@ -345,3 +345,17 @@ def test_report_prints_what_was_found_and_left():
     assert "1 rewritten, 1 skipped" in text
     assert "-> linear" in text
     assert "left: used by add" in text
+
+
+def test_an_op_of_another_library_that_is_named_like_a_product():
+    @torch.library.custom_op("find_weights_test::grouped_mm_fallback", mutates_args=())
+    def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x @ weight
+
+    @product.register_fake
+    def _(x, weight):
+        return x.new_empty(x.shape[0], weight.shape[1])
+
+    packet = torch.ops.find_weights_test.grouped_mm_fallback
+    (site,), _ = sites_of(lambda x: packet(x, W.transpose(0, 1)), X)
+    assert (site.op, site.views, site.form) == ("grouped_mm_fallback", ("transpose",), None)

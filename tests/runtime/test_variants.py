@@ -608,3 +608,21 @@ def test_a_step_that_raised_is_recovered_from():
             torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1, foreach=False).step()
         torch.testing.assert_close(call(X), model(X))
         assert (model.second != 0).all()
+
+
+def test_a_pruned_parameter_that_is_only_added_is_named(caplog):
+    class Added(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+            self.offsets = nn.Parameter(torch.randn(4, 8))
+
+        def forward(self, x):
+            return self.first(x) + self.offsets
+
+    model = Added()
+    resu.sparsify(model, 0.5, compile=False)
+    torch.compile(model, backend=Backend())(torch.randn(4, 8))
+    (message,) = [record.getMessage() for record in caplog.records if "pruned" in record.message]
+    assert message.startswith("offsets was pruned")
+    assert "add" in message
