@@ -1,6 +1,6 @@
 """What a call costs beyond the compiled graph: dispatch of the phase, and the toggle itself.
 
-    python -m pytest benchmarks/bench_phase_toggle.py        # one group a call and number of weights
+    python -m pytest benchmarks/bench_phase_toggle.py        # a group for each call and count
     python -m benchmarks.bench_phase_toggle --table          # ours beside plain torch.compile
 
 Chains of tiny linear layers, so that nothing but overhead is timed; one thread, products stay

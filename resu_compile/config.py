@@ -150,7 +150,9 @@ class ResurrectionConfig:
         lr: step size of theta; None follows the learning rate of the optimizer's own parameter
             group at each step.
         rule: ``"adam"`` and ``"sgd"`` give theta a step of its own; ``"optimizer"`` leaves theta
-            to the user's optimizer, which then keeps theta's state in its own.
+            to the user's optimizer, which then keeps theta's state in its own. ``"auto"`` is
+            ``"optimizer"``, which costs no time and no memory, unless ``lr`` is given or the active
+            weights are frozen: then ``"adam"``.
         init: ``"zero"``, ``"normal"`` N(0, (eps sigma_A)^2) or ``"uniform"`` on
             [-eps sigma_A, eps sigma_A]; sigma_A is the standard deviation of the active weights.
         eps: scale of ``init``, relative to sigma_A.
@@ -163,13 +165,12 @@ class ResurrectionConfig:
         score: ``"magnitude"`` |W|, or a callable (name, weight) -> score tensor.
         strategy: ``"amnesty"``, ``"merge"`` or ``"reprune"``.
 
-    The defaults start from zero with an adaptive step and train the active weights along: freezing
-    them costs training time, noise at the start is what would then be resurrected, and a raw
-    gradient step barely moves theta.
+    The defaults start theta from zero and train it along with the active weights: freezing them
+    costs training time, and noise at the start is what would then be resurrected.
     """
 
     lr: float | None = None
-    rule: Literal["adam", "sgd", "optimizer"] = "adam"
+    rule: Literal["auto", "adam", "sgd", "optimizer"] = "auto"
     init: Literal["zero", "normal", "uniform"] = "zero"
     eps: float = 0.1
     freeze_active: bool = False
@@ -182,7 +183,7 @@ class ResurrectionConfig:
 
     def __post_init__(self) -> None:
         """Check every field; the messages name the argument."""
-        check_choice(self.rule, ("adam", "sgd", "optimizer"), name="rule")
+        check_choice(self.rule, ("auto", "adam", "sgd", "optimizer"), name="rule")
         check_choice(self.init, ("zero", "normal", "uniform"), name="init")
         if self.lr is not None:
             check_number(self.lr, name="lr", minimum=0.0, expected="None or a number >= 0")
@@ -201,6 +202,9 @@ class ResurrectionConfig:
         object.__setattr__(self, "betas", tuple(self.betas))
         if not isinstance(self.freeze_active, bool):
             raise ArgumentTypeError(f"freeze_active: expected a bool, got {self.freeze_active!r}")
+        if self.rule == "auto":
+            own_step = self.lr is not None or self.freeze_active
+            object.__setattr__(self, "rule", "adam" if own_step else "optimizer")
         check_commit(self.budget, self.score, self.strategy)
 
 

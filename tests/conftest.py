@@ -40,6 +40,19 @@ if not CUDA:
         _repair_interpreter()
 
 
+def _register_backend() -> None:
+    """Make ``backend="resu"`` known where the package runs from a checkout, not installed."""
+    from torch._dynamo import list_backends, register_backend
+
+    from resu_compile.backend import resu
+
+    if "resu" not in list_backends():
+        register_backend(resu, name="resu")
+
+
+_register_backend()
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Same random numbers in every test, whatever ran before."""

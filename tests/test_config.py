@@ -128,3 +128,19 @@ def test_an_unknown_option_lists_the_known():
         match=r"^unknown option 'sparsty' \(did you mean 'sparsity'\?\); known: .*targets",
     ):
         split_options({"sparsty": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        ({}, "optimizer"),
+        ({"lr": 1e-3}, "adam"),
+        ({"freeze_active": True}, "adam"),
+        ({"rule": "adam"}, "adam"),
+        ({"rule": "sgd", "lr": 0.1}, "sgd"),
+        ({"rule": "optimizer", "freeze_active": True}, "optimizer"),
+    ],
+    ids=range(6),
+)
+def test_auto_takes_the_optimizer_where_nothing_asks_for_a_step_of_thetas_own(given, rule):
+    assert ResurrectionConfig(**given).rule == rule

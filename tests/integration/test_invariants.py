@@ -365,10 +365,11 @@ def test_hooks_on_accumulation_see_masked_gradients():
 
 @pytest.mark.parametrize("bucket_view", [False, True])
 @pytest.mark.parametrize("outside", [False, True])
-def test_distributed_data_parallel(bucket_view, outside):
+def test_distributed_data_parallel(bucket_view, outside, monkeypatch):
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # else it asks for the host's name
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         model, plain, hand = pair()

@@ -116,6 +116,8 @@ def test_route_gradient_is_fused(device):
     register_lowerings()
     shapes = [(5, 7), (3, 5, 7), (4, 3, 3, 3)]
     made = [make(shape, layout=layout, device=device) for shape in shapes for layout in LAYOUTS]
+    made += [make((6, 9), dtype, device=device) for dtype in DTYPES for _ in range(2)]
+    made[-1][0][0] = float("nan")  # zeroed at the dropped places, like everything else
 
     def call(grads, bits):
         return [
@@ -127,6 +129,9 @@ def test_route_gradient_is_fused(device):
     results, codes = run_and_get_code(torch.compile(call, fullgraph=True), grads, bits)
     for i, (grad, mask, _) in enumerate(made):
         keep = mask if i % 2 == 0 else ~mask
-        assert_close(results[i], grad.sin().where(keep, torch.zeros_like(grad)))
+        expected = grad.sin().where(keep, torch.zeros_like(grad))
+        assert results[i].dtype == grad.dtype
+        assert_close(results[i], expected, equal_nan=True)
+        assert not results[i][~keep].any()
     lines = [line for line in "".join(codes).splitlines() if not line.lstrip().startswith("#")]
     assert "torch.ops.resu_compile" not in "\n".join(lines)

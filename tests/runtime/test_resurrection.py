@@ -275,7 +275,7 @@ def test_an_optimizer_without_lr_needs_a_number():
     model = sparse()
     optimizer = Nameless(model.parameters())
     controller = resu.controller(model)
-    controller.resurrect().__enter__()
+    controller.resurrect(rule="adam").__enter__()
     backward(model, 0)
     with pytest.raises(
         ArgumentError, match=r"^lr: expected a number, because Nameless has no 'lr'"

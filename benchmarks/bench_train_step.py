@@ -1,0 +1,226 @@
+"""A masked training step against the dense compiled step of the same GPT.
+
+    python -m pytest benchmarks/bench_train_step.py          # one group a model
+    python -m benchmarks.bench_train_step --table            # ratios in the same run, peak memory
+
+Forward, backward and fused AdamW, under ``torch.compile``; on CUDA under bf16 autocast. "dense" is
+plain ``torch.compile``, "sparse" the SPARSE phase at 70 %, "resu" a resurrection by default, in
+which AdamW trains theta and the active weights alike, "resu adam" one with a step of theta's own,
+"frozen" one that leaves the active weights alone. Steps of all take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import gc
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor, nn
+
+import resu_compile as resu
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+SPARSITY = 0.7
+RESURRECTIONS = {
+    "resu": {},
+    "resu adam": {"lr": 1e-3},
+    "resu adam frozen": {"lr": 1e-3, "freeze_active": True},
+}
+IMPLS = ("dense", "sparse", *RESURRECTIONS)
+
+
+@dataclass(frozen=True)
+class Size:
+    """One GPT and its batch."""
+
+    name: str
+    layers: int
+    width: int
+    heads: int
+    vocabulary: int
+    batch: int
+    tokens: int
+    repeats: int
+    steps: int
+
+
+# https://huggingface.co/openai-community/gpt2: 12 layers of 768; the second has the width and the
+# batch at which weights outweigh activations
+SIZES = (
+    (
+        Size("GPT 124M, 32x1024 tokens", 12, 768, 12, 50304, 32, 1024, repeats=5, steps=4),
+        Size("GPT 0.4B, 8x1024 tokens", 8, 2048, 16, 50304, 8, 1024, repeats=5, steps=4),
+    )
+    if CUDA
+    else (Size("GPT 0.9M, 4x64 tokens", 4, 128, 4, 512, 4, 64, repeats=10, steps=4),)
+)
+
+
+# -- the model -------------------------------------------------------------------------------
+class Block(nn.Module):
+    """Attention and MLP of GPT-2."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention_in = nn.Linear(width, 3 * width)
+        self.attention_out = nn.Linear(width, width)
+        self.mlp_in = nn.Linear(width, 4 * width)
+        self.mlp_out = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.attention_in(self.norm1(x)).view(batch, tokens, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.attention_out(y.transpose(1, 2).reshape(batch, tokens, width))
+        return x + self.mlp_out(F.gelu(self.mlp_in(self.norm2(x)), approximate="tanh"))
+
+
+class Gpt(nn.Module):
+    """GPT-2 with its loss; the output layer is tied to the embedding, which stays dense."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(size.vocabulary, size.width)
+        self.position = nn.Embedding(size.tokens, size.width)
+        self.blocks = nn.ModuleList(Block(size.width, size.heads) for _ in range(size.layers))
+        self.norm = nn.LayerNorm(size.width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids) + self.position.weight
+        for block in self.blocks:
+            x = block(x)
+        logits = self.norm(x) @ self.embedding.weight.t()
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def step_of(size: Size, impl: str, start: nn.Module) -> Callable[[], Tensor]:
+    """A training step of a copy of ``start``, warm."""
+    model = copy.deepcopy(start)
+    if impl == "dense":
+        model.compile()
+    else:
+        resu.sparsify(model, SPARSITY, sparse_threshold=1.0)
+        if impl in RESURRECTIONS:
+            resu.controller(model).resurrect(**RESURRECTIONS[impl]).__enter__()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+    ids = torch.randint(size.vocabulary, (size.batch, size.tokens), device=DEVICE)
+
+    def step() -> Tensor:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
+            loss = model(ids)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    for _ in range(3):
+        loss = step()
+    assert math.isfinite(loss.item())
+    return step
+
+
+def synchronize() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def milliseconds(step: Callable[[], Tensor], count: int) -> float:
+    """Mean time of a step."""
+    synchronize()
+    started = time.perf_counter()
+    for _ in range(count):
+        step()
+    synchronize()
+    return (time.perf_counter() - started) / count * 1e3
+
+
+# -- pytest-benchmark ------------------------------------------------------------------------
+@functools.lru_cache(maxsize=1)
+def started(size: Size) -> nn.Module:
+    torch.manual_seed(0)
+    return Gpt(size).to(DEVICE)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: size.name)
+def test_train_step(benchmark, size, impl):
+    benchmark.group = f"training step, {size.name}"
+    step = step_of(size, impl, started(size))
+    benchmark.pedantic(milliseconds, (step, 1), rounds=size.repeats, warmup_rounds=1)
+
+
+# -- one table -------------------------------------------------------------------------------
+def table_rows(size: Size) -> list[list[object]]:
+    start = started(size)
+    steps: dict[str, Callable[[], Tensor]] = {}
+    memory: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+    for impl in IMPLS:
+        before = torch.cuda.memory_allocated() if CUDA else 0
+        at = time.perf_counter()
+        steps[impl] = step_of(size, impl, start)
+        seconds[impl] = time.perf_counter() - at
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()
+            steps[impl]()
+            memory[impl] = (torch.cuda.max_memory_allocated() - before) / 2**30
+    samples: dict[str, list[float]] = {impl: [] for impl in IMPLS}
+    for _ in range(size.repeats):  # in turns: a drift of the clocks meets all alike
+        for impl, own in samples.items():
+            own.append(milliseconds(steps[impl], size.steps))
+    pick = statistics.median if CUDA else min  # on a shared CPU other programs only add time
+    best = {impl: pick(own) for impl, own in samples.items()}
+    rows: list[list[object]] = []
+    for impl in IMPLS:
+        spread = (max(samples[impl]) - min(samples[impl])) / best[impl]
+        row = [size.name if impl == "dense" else "", impl, best[impl]]
+        row += [f"{best[impl] / best['dense']:.3f}", f"{spread:.1%}"]
+        row += [f"{memory[impl]:.2f}" if CUDA else None, f"{seconds[impl]:.0f}"]
+        rows.append(row)
+    return rows
+
+
+def print_table() -> None:
+    began = time.perf_counter()
+    threads = torch.get_num_threads()
+    if not CUDA:
+        torch.set_num_threads(1)  # waiting for a thread that another program keeps busy is no step
+    rows = []
+    for size in SIZES:
+        rows += table_rows(size)
+        started.cache_clear()
+        torch._dynamo.reset()
+        gc.collect()
+    torch.set_num_threads(threads)
+    where = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU, 1 thread"
+    print(f"training steps, {where}, torch {torch.__version__}, sparsity {SPARSITY:.0%}")
+    head = ["model", "step", "ms", "of dense", "spread", "peak GiB", "to compile, s"]
+    print(tabulate(rows, headers=head, floatfmt=".2f", disable_numparse=[3, 4, 5, 6]))
+    print(f"took {time.perf_counter() - began:.0f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--table", action="store_true", help="print one table")
+    if not parser.parse_args().table:
+        parser.error("expected --table")
+    print_table()
+
+
+if __name__ == "__main__":
+    main()
