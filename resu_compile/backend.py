@@ -188,7 +188,6 @@ def _adopt(
     args: Sequence[Any],
 ) -> None:
     """Prune and mask the model that ``args`` belong to, once: a released model stays plain."""
-    from torch._dynamo.utils import preserve_rng_state
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     from resu_compile.pruning import attach_controller
@@ -209,7 +208,7 @@ def _adopt(
     sites, _ = find_weights(gm, list(parameters))
     multiplied = {site.index: site.op for site in sites}
     captured = {id(p): multiplied.get(i) for i, p in parameters.items()}
-    with unset_fake_temporarily(), preserve_rng_state(), torch.no_grad():
+    with unset_fake_temporarily(), torch.no_grad():
         know(attach_controller(root, sparsity, compiling, captured))
     _adopted.add(root)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -61,6 +62,7 @@ class MaskedWeight:
         step_count: grows with every optimizer step; fused optimizers write a parameter without
             changing its ``_version``.
         backward_count: grows with every gradient that arrives.
+        trusts_versions: False once a write was found that autograd's version counters do not show.
     """
 
     def __init__(self, named: NamedWeight, mask: Tensor, controller: Controller) -> None:
@@ -74,6 +76,7 @@ class MaskedWeight:
         self.mask_version = 0
         self.step_count = 0
         self.backward_count = 0
+        self.trusts_versions = True
         self._owner = weakref.ref(named.owner)
         self._parameter: weakref.ref[nn.Parameter] | None = None
         self._handles: list[RemovableHandle] = []
@@ -121,7 +124,7 @@ class MaskedWeight:
         """Attach to the parameter that the owner holds now (``to_empty`` and swaps make new ones).
 
         Raises:
-            WeightError: if the new parameter has another shape.
+            WeightError: if the new parameter has another shape, or is no plain tensor.
         """
         global _registry_epoch
         owner = self._owner()
@@ -132,6 +135,12 @@ class MaskedWeight:
             raise WeightError(
                 f"{self.name}: expected shape {tuple(self.shape)} of its mask, the parameter is "
                 f"now {tuple(parameter.shape)}; controller(model).release() and sparsify again"
+            )
+        if is_traceable_wrapper_subclass(parameter):
+            raise WeightError(
+                f"{self.name}: expected a plain tensor, the parameter is now a "
+                f"{type(parameter).__name__}; controller(model).release() before the model is "
+                "sharded or quantised"
             )
         self.unbind()
         self._parameter = weakref.ref(parameter)
@@ -204,12 +213,15 @@ class MaskedWeight:
 
     def enforce_zeros(self, parameter: nn.Parameter) -> None:
         """Make the pruned entries exactly 0, unless nothing was written since the last time."""
-        if _stamp(parameter) == self._clean_value:
+        if self._is_zeroed(parameter):
             return
         if parameter.device.type != "meta":
             with torch.no_grad():
                 zero_where_(parameter, self.bits, True)
         self._clean_value = _stamp(parameter)
+
+    def _is_zeroed(self, parameter: nn.Parameter) -> bool:
+        return self.trusts_versions and _stamp(parameter) == self._clean_value
 
     def trust_value(self, parameter: nn.Parameter) -> None:
         """Note that whatever wrote the parameter last left the pruned entries at 0."""
@@ -270,7 +282,8 @@ class MaskedWeight:
     def _is_clean(self, grad: Tensor, routing: Routing) -> bool:
         known = self._clean_gradient
         return (
-            known is not None
+            self.trusts_versions
+            and known is not None
             and known[0]() is grad
             and known[1] == grad._version
             and known[2] is routing
@@ -287,6 +300,19 @@ class MaskedWeight:
             else:
                 zero_where_(grad, self.bits, routing.keeps_active)
         self._note_clean(grad, routing)
+
+    # -- writes that nobody saw ----------------------------------------------------------------
+    def hidden_write(self, parameter: nn.Parameter) -> Tensor | None:
+        """Whether a pruned place of value or gradient holds something that no version tells of.
+
+        Returns:
+            bool, shape (), on the parameter's device; None if there is nothing to look at.
+        """
+        known = [parameter.detach()] if self._is_zeroed(parameter) else []
+        if parameter.grad is not None and self._is_clean(parameter.grad, Routing.ACTIVE):
+            known.append(parameter.grad.detach())
+        found = [route_gradient(tensor, self.bits, False).any() for tensor in known]
+        return torch.stack(found).any() if found else None
 
 
 def _stamp(parameter: Tensor) -> tuple[int, int]:

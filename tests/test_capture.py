@@ -26,14 +26,14 @@ class Net(nn.Module):
         self.norm = nn.BatchNorm1d(8)
         self.drop = nn.Dropout(0.5)
         self.second = nn.Linear(8, 3)
-        self.table = nn.Parameter(torch.randn(4, 8))
+        self.offset = nn.Parameter(torch.randn(4, 8))
         self.register_buffer("calls", torch.zeros(()))
         self.register_buffer("last", None)
 
     def forward(self, x):
         self.calls += 1
         self.calls = self.calls + 1
-        return self.second(self.drop(self.norm(self.first(x + self.table))))
+        return self.second(self.drop(self.norm(self.first(x + self.offset))))
 
 
 class Broken(Net):
@@ -67,7 +67,7 @@ def test_parameters_that_nothing_multiplies_by():
     model = Net()
     found = captured_parameters(capture(model, X))
     assert found[id(model.second.weight)] == "linear"
-    assert found[id(model.table)] is None
+    assert found[id(model.offset)] is None
     assert found[id(model.norm.weight)] is None
 
 
@@ -130,7 +130,7 @@ def test_many_captures_see_static_sizes_each():
     for model in (Net(), Broken()):
         for rows in range(2, 12):
             if isinstance(model, Net) and not isinstance(model, Broken):
-                model.table = nn.Parameter(torch.randn(rows, 8))
+                model.offset = nn.Parameter(torch.randn(rows, 8))
             graphs = capture(model, torch.randn(rows, 8))
             shapes = [site.node.meta["example_value"].shape for g in graphs for site in g.sites]
             assert shapes == [(rows, 8), (rows, 3)]
@@ -162,10 +162,10 @@ def test_nothing_is_left_with_dynamo(already_compiled):
 
 def test_example_inputs_let_the_graph_select():
     plain = resu.sparsify(Net(), 0.5, compile=False)
-    assert "table" in resu.controller(plain).masks  # two dimensions: looks like a weight
+    assert "offset" in resu.controller(plain).masks  # two dimensions: looks like a weight
     model = resu.sparsify(Net(), 0.5, compile=False, example_inputs=(X,))
     ctl = resu.controller(model)
     assert set(ctl.masks) == {"first.weight", "second.weight"}
-    assert ctl.skipped["table"] == "no matmul multiplies by it"
+    assert ctl.skipped["offset"] == "no matmul multiplies by it"
     single = resu.sparsify(Net(), 0.5, compile=False, example_inputs=X)
     assert set(resu.controller(single).masks) == set(ctl.masks)

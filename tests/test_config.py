@@ -96,6 +96,20 @@ def test_a_wrong_resurrection_argument_is_named(argument, value):
         ResurrectionConfig(**{argument: value})
 
 
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        ({}, "optimizer"),
+        ({"lr": 0.1}, "adam"),
+        ({"freeze_active": True}, "adam"),
+        ({"rule": "sgd"}, "sgd"),
+        ({"rule": "optimizer", "freeze_active": True}, "optimizer"),
+    ],
+)
+def test_the_rule_follows_from_what_it_needs(arguments, rule):
+    assert ResurrectionConfig(**arguments).rule == rule
+
+
 def test_the_optimizer_rule_has_the_optimizers_lr():
     with pytest.raises(ArgumentError, match="^lr: expected None with rule='optimizer'"):
         ResurrectionConfig(lr=0.1, rule="optimizer")

@@ -281,6 +281,17 @@ def test_a_removed_parameter_is_an_error_that_release_mends():
     assert resu.controller(model).weights["0.weight"].nnz == 8
 
 
+def test_a_parameter_that_became_another_kind_of_tensor_is_an_error():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model = linear()
+    model.weight = nn.Parameter(TwoTensor(torch.ones(4, 6), torch.ones(4, 6)))
+    with pytest.raises(
+        WeightError, match="^weight: expected a plain tensor, .* TwoTensor.*release"
+    ):
+        model(torch.randn(3, 6))
+
+
 def test_functional_call_keeps_the_callers_tensors():
     model = linear()
     lent = {"weight": torch.ones(4, 6), "bias": torch.zeros(4)}

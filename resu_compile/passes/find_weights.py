@@ -330,17 +330,21 @@ def _is_row(bias: Any, matrix: fx.Node, dim: int) -> bool:
 def matmul_name(node: fx.Node) -> str | None:
     """Name of the multiplication that ``node`` is, None if it is none."""
     if node.op == "call_function":
-        if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-            name = call_name(node)
-            return name if name in _FUNCTIONS or _sounds_like_matmul(name) else None
-        return _MATMULS.get(node.target)
+        target = node.target
+        if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+            library, _, name = str(target).partition(".")
+            name = name.partition(".")[0]
+            if library == "aten":
+                return name if name in _FUNCTIONS else None
+            return f"{library}.{name}" if _sounds_like_matmul(name) else None
+        return _MATMULS.get(target)
     if node.op == "call_method":
         return _METHODS.get(str(node.target))
     return None
 
 
 def _sounds_like_matmul(name: str) -> bool:
-    """A registered op of someone else's, such as transformers' ``grouped_mm_fallback``."""
+    """An op of another library, such as transformers' ``grouped_mm_fallback``, by its name."""
     return not _OTHERS_MATMULS.isdisjoint(name.split("_"))
 
 

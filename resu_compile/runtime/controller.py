@@ -168,8 +168,9 @@ class Controller:
         """Catch up with what happened to the parameters outside of optimizer steps.
 
         In the SPARSE phase a weight written by anything else (``load_state_dict``, an average of
-        checkpoints) gets its zeros back. Writes through ``.data`` are the exception: nothing can
-        see them. The model's call does all this by itself, at the cost of a check a weight.
+        checkpoints) gets its zeros back. The model's call does this by itself, at the cost of a
+        check a weight. Writes through ``.data`` pass that check; they are found at the first and
+        then at every 32nd optimizer step.
         """
         sparse = self._phase is Phase.SPARSE
         for weight in self._weights.values():

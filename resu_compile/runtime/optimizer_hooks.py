@@ -47,6 +47,9 @@ ELEMENTWISE: frozenset[type[Optimizer]] = frozenset(
 )
 
 
+LOOK_EVERY = 32  # steps
+
+
 @dataclass
 class _View:
     """The masked weights of one optimizer, and the masks that its state fits."""
@@ -55,6 +58,7 @@ class _View:
     entries: list[tuple[dict[str, Any], nn.Parameter, MaskedWeight]]
     state: Mapping[Any, Any]  # load_state_dict() puts another one in its place
     synced: MutableMapping[MaskedWeight, int] = field(default_factory=WeakKeyDictionary)
+    steps: int = 0
 
     def is_synced(self, weight: MaskedWeight) -> bool:
         """True if the state is 0 wherever the present mask of ``weight`` is."""
@@ -136,6 +140,9 @@ def _before_step(
 
 
 def _prepare(optimizer: Optimizer, view: _View) -> None:
+    if view.steps % LOOK_EVERY == 0:
+        _look_for_hidden_writes(view)
+    view.steps += 1
     for group, parameter, weight in view.entries:
         controller = weight.controller
         weight.follow(parameter)
@@ -151,6 +158,28 @@ def _prepare(optimizer: Optimizer, view: _View) -> None:
                 zero_state(optimizer, parameter, weight.bits, keep=True)  # from before sparsify
                 view.synced[weight] = weight.mask_version
             controller.resurrection.before_step(optimizer, group, weight, parameter)
+
+
+def _look_for_hidden_writes(view: _View) -> None:
+    """Look at what versions say is masked: ``p.grad.data.add_(noise)`` writes past them.
+
+    A loop that does so does it from the first step on; its weights are masked at every step then.
+    """
+    flags = {
+        weight: flag
+        for _, parameter, weight in view.entries
+        if weight.controller.phase is Phase.SPARSE and weight.bits.device == parameter.device
+        if not (parameter.is_cuda and torch.cuda.is_current_stream_capturing())
+        if (flag := weight.hidden_write(parameter)) is not None
+    }
+    if not flags:
+        return
+    device = next(iter(flags.values())).device
+    found = torch.stack([flag.to(device) for flag in flags.values()]).tolist()  # waits once
+    for weight, written in zip(flags, found, strict=True):
+        if written:
+            weight.trusts_versions = False
+            view.synced.pop(weight, None)
 
 
 def _after_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:

@@ -365,12 +365,18 @@ def test_hooks_on_accumulation_see_masked_gradients():
 
 @pytest.mark.parametrize("bucket_view", [False, True])
 @pytest.mark.parametrize("outside", [False, True])
-def test_distributed_data_parallel(bucket_view, outside, monkeypatch):
+def test_distributed_data_parallel(bucket_view, outside):
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # else it asks for the host's name
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    def own_gradients(_state, bucket):
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    # one rank without threads of its own: two ranks are in test_data_parallel.py
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     try:
         model, plain, hand = pair()
         if outside:  # sparsify what DDP has wrapped
@@ -380,6 +386,7 @@ def test_distributed_data_parallel(bucket_view, outside, monkeypatch):
             model = resu.sparsify(wrapped, 0.6, compile=False)
         else:
             wrapped = DistributedDataParallel(model, gradient_as_bucket_view=bucket_view)
+        wrapped.register_comm_hook(None, own_gradients)
         ours, reference = (
             optim.AdamW(m.parameters(), lr=0.05, weight_decay=0.1) for m in (wrapped, plain)
         )

@@ -347,8 +347,9 @@ def test_report_prints_what_was_found_and_left():
     assert "left: used by add" in text
 
 
-def test_an_op_of_another_library_that_is_named_like_a_product():
-    @torch.library.custom_op("find_weights_test::grouped_mm_fallback", mutates_args=())
+@pytest.mark.parametrize("name", ["grouped_mm_fallback", "linear"])
+def test_an_op_of_another_library_that_is_named_like_a_product(name):
+    @torch.library.custom_op(f"find_weights_test::{name}", mutates_args=())
     def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return x @ weight
 
@@ -356,6 +357,8 @@ def test_an_op_of_another_library_that_is_named_like_a_product():
     def _(x, weight):
         return x.new_empty(x.shape[0], weight.shape[1])
 
-    packet = torch.ops.find_weights_test.grouped_mm_fallback
-    (site,), _ = sites_of(lambda x: packet(x, W.transpose(0, 1)), X)
-    assert (site.op, site.views, site.form) == ("grouped_mm_fallback", ("transpose",), None)
+    op = f"find_weights_test.{name}"
+    for call in (getattr(torch.ops.find_weights_test, name), product):
+        (site,), _ = sites_of(lambda x, call=call: call(x, W.transpose(0, 1)), X)
+        assert (site.op, site.views, site.form) == (op, ("transpose",), None)
+        assert site.reason == f"{op} has no sparse kernel"

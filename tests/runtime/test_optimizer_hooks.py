@@ -5,7 +5,7 @@ import torch
 from torch import nn, optim
 
 import resu_compile as resu
-from resu_compile.runtime.optimizer_hooks import ELEMENTWISE, optimizers_of
+from resu_compile.runtime.optimizer_hooks import ELEMENTWISE, LOOK_EVERY, optimizers_of
 from resu_compile.runtime.optimizer_state import same_shaped_state
 
 
@@ -148,6 +148,39 @@ def test_a_written_gradient_does_not_reach_pruned_places(write, fused):
         backward(model)
         for parameter in model.parameters():
             write(parameter)
+        optimizer.step()
+    clean(model, optimizer)
+
+
+def hidden_noise(p):
+    p.grad.data.add_(torch.randn_like(p.grad))
+
+
+def hidden_noise_on_the_weight(p):
+    p.data.add_(torch.randn_like(p))
+
+
+@pytest.mark.parametrize("write", [hidden_noise, hidden_noise_on_the_weight])
+def test_writes_through_data_are_found_at_the_first_step(write):
+    model = sparse()
+    optimizer = optim.Adam(model.parameters(), lr=0.1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        backward(model)
+        write(model.weight)
+        optimizer.step()
+        clean(model, optimizer)
+    assert not weight_of(model).trusts_versions
+
+
+def test_writes_through_data_that_begin_later_are_found_too():
+    model = sparse()
+    optimizer = optim.Adam(model.parameters(), lr=0.1)
+    for step in range(2 * LOOK_EVERY + 1):
+        optimizer.zero_grad()
+        backward(model)
+        if step > 5:
+            hidden_noise(model.weight)
         optimizer.step()
     clean(model, optimizer)
 
