@@ -311,8 +311,10 @@ class MaskedWeight:
         known = [parameter.detach()] if self._is_zeroed(parameter) else []
         if parameter.grad is not None and self._is_clean(parameter.grad, Routing.ACTIVE):
             known.append(parameter.grad.detach())
-        found = [route_gradient(tensor, self.bits, False).any() for tensor in known]
-        return torch.stack(found).any() if found else None
+        if not known:
+            return None
+        pruned = ~self.mask
+        return torch.stack([(tensor.ne(0) & pruned).any() for tensor in known]).any()
 
 
 def _stamp(parameter: Tensor) -> tuple[int, int]:
