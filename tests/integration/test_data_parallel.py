@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 
@@ -47,6 +48,8 @@ def _rank(rank: int, port: int, folder: str) -> None:
         },
         f"{folder}/{rank}.pt",
     )
+    del parallel, optimizer  # gloo may hang if the group goes before what uses it
+    gc.collect()
     dist.destroy_process_group()
 
 
