@@ -1,7 +1,8 @@
 """Rewrite: every masked weight -> the phase's effective weight, with its gradient routed.
 
     def forward(x, w):                    def forward(x, w, w_bits):
-        return F.linear(x, w)     ==>         w_eff = resu_compile.effective_weight(w, w_bits, True)
+        x = x.relu()              ==>         x = x.relu()
+        return F.linear(x, w)                 w_eff = resu_compile.effective_weight(w, w_bits, True)
                                               return F.linear(x, w_eff)
 
 The packed mask becomes an input of the graph: a commit changes its bytes and compiles nothing.
@@ -67,7 +68,7 @@ def route_gradients(
             report.skipped[weight.name] = f"{escaping[index]}; its gradient is masked outside"
             continue
         bits = append_placeholder(result.graph, f"{weight.name}_bits")
-        with result.graph.inserting_after(bits):
+        with result.graph.inserting_before(_place(result.graph, weight)):
             effective = result.graph.call_function(
                 torch.ops.resu_compile.effective_weight.default,
                 (weight, bits, routing.keeps_active),
@@ -83,6 +84,25 @@ def route_gradients(
     result.recompile()
     report.elapsed_ms = (time.perf_counter() - started) * 1e3
     return result, taken, report
+
+
+def _place(graph: fx.Graph, weight: fx.Node) -> fx.Node:
+    """The node before which the effective weight comes: its first user, or a region before it.
+
+    Autograd takes the backward pass in the reverse order of the forward. At the top of the graph
+    all gradients would be routed at its end, and until then be kept in two copies: 1.35 GiB more
+    than dense for a GPT of 0.4 B parameters (H200, bf16 autocast).
+    """
+    for node in graph.nodes:
+        if node in weight.users or _starts_region(node):
+            return node  # type: ignore[no-any-return]
+    raise AssertionError(f"{weight.name} has no users")
+
+
+def _starts_region(node: fx.Node) -> bool:
+    """Whether gradients, or what a tensor means, may be others from here on."""
+    name = str(getattr(node.target, "__name__", node.target))
+    return name in ("_set_grad_enabled", "_enter_inference_mode") or "increment_nesting" in name
 
 
 def use_weights_themselves(graph: fx.Graph) -> None:

@@ -3,11 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._functorch.aot_autograd import aot_module_simplified
 
+import resu_compile as resu
 from resu_compile.kernels.mask_bits import pack_mask
 from resu_compile.passes.effective_weight import route_gradients, use_weights_themselves
 from resu_compile.phase import Routing
+from tests.compiling import Backend
 from tests.graphs import calls, captured, text
 
 W = nn.Parameter(torch.randn(6, 8))
@@ -108,3 +112,68 @@ def test_the_weight_itself_is_used_in_the_joint_graph():
     assert product.args == (x, w)
     assert grad.args == (w, bits, True)
     assert not graph.find_nodes(op="call_function", target=op.effective_weight.default)
+
+
+# -- where it comes ------------------------------------------------------------------------------
+def order(gm):
+    return [name.removesuffix(".default") for name in calls(gm)]
+
+
+def test_the_effective_weight_comes_just_before_its_first_use():
+    gm = captured(model, X)
+    routings = {position_of(gm, p): Routing.ACTIVE for p in (W, V)}
+    result, _, _ = route_gradients(gm, routings)
+    assert order(result) == ["effective_weight", "linear", "relu", "effective_weight", "matmul"]
+
+
+def test_it_comes_before_a_region_without_gradients():
+    def call(x):
+        with torch.no_grad():
+            scale = W.abs().max()
+        return F.linear(x, W) / scale
+
+    gm = captured(call, X)
+    result, _, _ = route_gradients(gm, {position_of(gm, W): Routing.ACTIVE})
+    assert order(result)[:2] == ["effective_weight", "_set_grad_enabled"]
+    args = [gm.parameters_at.get(i, X) for i in range(2)]
+    result(*args, pack_mask(MASK))[0].sum().backward()
+    assert (W.grad[MASK] != 0).any()
+    assert (W.grad[~MASK] == 0).all()
+    W.grad = None
+
+
+def test_it_comes_before_a_function_transform():
+    def call(x):
+        return torch.func.vmap(lambda row: F.linear(row.relu(), W))(x)
+
+    gm = captured(call, X)
+    result, _, _ = route_gradients(gm, {position_of(gm, W): Routing.ACTIVE})
+    names = order(result)
+    nesting = next(i for i, name in enumerate(names) if "increment_nesting" in name)
+    assert names.index("effective_weight") < nesting
+    args = [gm.parameters_at.get(i, X) for i in range(2)]
+    result(*args, pack_mask(MASK))[0].sum().backward()
+    assert (W.grad[~MASK] == 0).all()
+    W.grad = None
+
+
+def test_gradients_are_routed_as_they_come():
+    """Not all at the end of the backward pass, which would keep two copies of them until then."""
+    layers = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)])
+    backward = []
+
+    def inner(gm, inputs):
+        def keep(bw, _):
+            backward.append(bw)
+            return make_boxed_func(bw.forward)
+
+        return aot_module_simplified(
+            gm, inputs, fw_compiler=lambda fw, _: make_boxed_func(fw.forward), bw_compiler=keep
+        )
+
+    resu.sparsify(layers, 0.5, compile=False)
+    torch.compile(layers, backend=Backend(inner=inner))(X).sum().backward()
+    (graph,) = backward
+    names = [name for name in order(graph) if name in ("mm", "route_gradient")]
+    assert names[:3].count("route_gradient") == 1  # the last layer's, before the others' products
+    assert names.index("route_gradient") < len(names) / 2
