@@ -33,6 +33,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -e '.[test,bench,dev]' -c constraints.txt
 	@touch $@
 
+# Threads that wait asleep: on 2 cores 10 % slower alone, and 4 times faster beside another process.
+demo test: export OMP_WAIT_POLICY ?= passive
+
 demo: $(READY)  ## train, prune, resurrect and export on two real tasks (a few minutes)
 	$(BIN)/resu-compile demo $(ARGS)
 
