@@ -14,16 +14,13 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import gc
 import math
-import multiprocessing
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -168,65 +165,34 @@ def test_train_step(benchmark, size, impl):
 
 
 # -- one table -------------------------------------------------------------------------------
-# Compiling takes longer than timing: on CUDA these compile at once, each in a process, and then
-# time their steps in turns.
-GROUPS = (("dense", "sparse"), tuple(RESURRECTIONS))
-
-
-@dataclass
-class Measured:
-    """One kind of step of one model: samples in milliseconds, peak memory, time to compile."""
-
-    samples_ms: list[float]
-    peak_gib: float
-    compile_s: float
-
-
-def measure(
-    size: Size,
-    impls: tuple[str, ...],
-    turn: AbstractContextManager[Any],
-    wait: Callable[[], object],
-) -> dict[str, Measured]:
-    """Steps of ``impls``: ``wait`` for the others before each round, time while it is our turn."""
+def table_rows(size: Size) -> list[list[object]]:
     start = started(size)
-    steps = {}
-    results = {}
-    for impl in impls:
+    steps: dict[str, Callable[[], Tensor]] = {}
+    memory: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+    for impl in IMPLS:
         before = torch.cuda.memory_allocated() if CUDA else 0
         at = time.perf_counter()
         steps[impl] = step_of(size, impl, start)
-        compile_s = time.perf_counter() - at
-        peak = 0.0
+        seconds[impl] = time.perf_counter() - at
         if CUDA:
             torch.cuda.reset_peak_memory_stats()
             steps[impl]()
-            peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-            torch.cuda.empty_cache()  # room for the others
-        results[impl] = Measured([], peak, compile_s)
-    for _ in range(size.repeats):
-        wait()
-        for impl in impls:
-            with turn:
-                milliseconds(steps[impl], 1)  # takes its memory again
-                results[impl].samples_ms.append(milliseconds(steps[impl], size.steps))
-                if CUDA:
-                    torch.cuda.empty_cache()
-    return results
-
-
-def measure_in_turns() -> list[dict[str, Measured]]:
-    """All steps of all models."""
-    if not CUDA:
-        return [measure(size, IMPLS, nullcontext(), lambda: None) for size in SIZES]
-    tasks = [(size, impls) for size in SIZES for impls in GROUPS]
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        turn, barrier = manager.Lock(), manager.Barrier(len(tasks), None, 120)
-        with ProcessPoolExecutor(len(tasks), context) as pool:
-            pending = [pool.submit(measure, *task, turn, barrier.wait) for task in tasks]
-            done = [future.result() for future in pending]
-    return [{**done[i], **done[i + 1]} for i in range(0, len(done), len(GROUPS))]
+            memory[impl] = (torch.cuda.max_memory_allocated() - before) / 2**30
+    samples: dict[str, list[float]] = {impl: [] for impl in IMPLS}
+    for _ in range(size.repeats):  # in turns: a drift of the clocks meets all alike
+        for impl, own in samples.items():
+            own.append(milliseconds(steps[impl], size.steps))
+    pick = statistics.median if CUDA else min  # on a shared CPU other programs only add time
+    best = {impl: pick(own) for impl, own in samples.items()}
+    rows: list[list[object]] = []
+    for impl in IMPLS:
+        spread = (max(samples[impl]) - min(samples[impl])) / best[impl]
+        row = [size.name if impl == "dense" else "", impl, best[impl]]
+        row += [f"{best[impl] / best['dense']:.3f}", f"{spread:.1%}"]
+        row += [f"{memory[impl]:.2f}" if CUDA else None, f"{seconds[impl]:.0f}"]
+        rows.append(row)
+    return rows
 
 
 def print_table() -> None:
@@ -234,17 +200,12 @@ def print_table() -> None:
     threads = torch.get_num_threads()
     if not CUDA:
         torch.set_num_threads(1)  # waiting for a thread that another program keeps busy is no step
-    rows: list[list[object]] = []
-    pick = statistics.median if CUDA else min  # on a shared CPU other programs only add time
-    for size, results in zip(SIZES, measure_in_turns(), strict=True):
-        dense = pick(results["dense"].samples_ms)
-        for impl, found in results.items():
-            elapsed_ms = pick(found.samples_ms)
-            spread = (max(found.samples_ms) - min(found.samples_ms)) / elapsed_ms
-            row = [size.name if impl == "dense" else "", impl, elapsed_ms]
-            row += [f"{elapsed_ms / dense:.3f}", f"{spread:.1%}"]
-            row += [f"{found.peak_gib:.2f}" if CUDA else None, f"{found.compile_s:.0f}"]
-            rows.append(row)
+    rows = []
+    for size in SIZES:
+        rows += table_rows(size)
+        started.cache_clear()
+        torch._dynamo.reset()
+        gc.collect()
     torch.set_num_threads(threads)
     where = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU, 1 thread"
     print(f"training steps, {where}, torch {torch.__version__}, sparsity {SPARSITY:.0%}")
