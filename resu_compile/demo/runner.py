@@ -104,7 +104,8 @@ def run_demo(tasks: Sequence[Task], config: DemoConfig) -> list[TaskResult]:
 # -- what is shown ---------------------------------------------------------------------------
 
 NOTES = """\
-held-out: data that no method was trained on; one digit is 0.17 %, smaller gaps say nothing.
+held-out: not trained on, but the pruning schedules were chosen by it, RESU's from the most trials:
+no fair ranking of methods. One seed; one digit is 0.17 %.
 came back: share of the finally active weights that had been pruned before; in brackets all
 resurrections, summed over the commits.  stored: parameters, the pruned ones packed as values and
 bits.  time: one input through the model, against dense; under 1 is faster.\
