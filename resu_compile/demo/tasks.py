@@ -339,8 +339,8 @@ SIZES: tuple[str, ...] = ("small", "large")
 
 # When to prune was chosen for each method by trying shares from 0.3 to 0.87 on the GPT (600 steps
 # small, 2 seeds; 2000 steps large, 1 seed): pruning earlier cost every method, one-shot the least.
-# They were chosen by the same held-out data that the demo reports, out of about 40 trials: some 23 of
-# RESU, 7 of gradual and 7 of one-shot. The table shows what runs; it does not rank the methods.
+# They were chosen by the same held-out data that the demo reports, out of about 40 trials: some 23
+# of RESU, 7 of gradual and 7 of one-shot. The table shows what runs; it does not rank the methods.
 _DIGITS = Training(steps=600, batch_size=64, lr=2e-3, weight_decay=0.01)
 _BYTES_SMALL = Training(
     steps=500, batch_size=16, lr=3e-3, weight_decay=0.1, ramp=(0.6, 0.85), cycles=3
