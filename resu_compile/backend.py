@@ -260,6 +260,8 @@ def _modules_of(
     """Modules that a frame names, or that lie one step behind what it names."""
     found: list[Any] = []
     for value in [*local.values(), *(shared[name] for name in code.co_names if name in shared)]:
+        if isinstance(value, types.MethodType):
+            value = value.__self__
         if isinstance(value, (list, tuple)):
             found += value
         elif isinstance(value, dict):

@@ -67,9 +67,12 @@ def call_name(node: fx.Node) -> str:
     if node.op != "call_function":
         return node.op
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.split("::")[-1]
-    name = getattr(node.target, "__name__", str(node.target)).lstrip("_")
-    return str(node.args[1]) if name == "getattr" else name
+        name = node.target._schema.name.split("::")[-1]
+    else:
+        name = getattr(node.target, "__name__", str(node.target)).lstrip("_")
+    if name == "getattr":
+        name = str(node.args[1])
+    return "T" if name == "numpy_T" else name  # as newer releases capture ``w.T``
 
 
 def first_operand(node: fx.Node) -> Any:
