@@ -6,7 +6,6 @@ of the current phase at call time.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
@@ -31,20 +30,17 @@ from resu_compile.errors import (
     WeightError,
     check_known_keys,
 )
-from resu_compile.kernels.mask_bits import pack_mask, unpack_mask
+from resu_compile.kernels.mask_bits import pack_mask
 from resu_compile.phase import Phase, Routing
-from resu_compile.runtime import optimizer_hooks
+from resu_compile.runtime import controller_state, optimizer_hooks
 from resu_compile.runtime.allocation import new_generator, new_masks
 from resu_compile.runtime.commit import CommitReport, amnesty_mask, compare_masks
+from resu_compile.runtime.controller_state import PRUNE_ARGUMENTS
 from resu_compile.runtime.module_hooks import AfterForward, BeforeForward, ControllerSlot
 from resu_compile.runtime.optimizer_state import zero_state
 from resu_compile.runtime.resurrection import Resurrection
 from resu_compile.selection import NamedWeight, check_overrides, check_values
 from resu_compile.state import MaskedWeight
-
-STATE_VERSION = 1
-STATE_KEYS = ("version", "phase", "config", "masks", "shapes", "generator", "resurrection")
-PRUNE_ARGUMENTS = ("method", "scope", "distribution", "overrides", "min_density")
 
 
 def find_controller(model: nn.Module) -> Controller | None:
@@ -447,23 +443,7 @@ class Controller:
         tensors, which load with ``torch.load(weights_only=True)``, and all of it is a copy. A
         method or score that was given as an object or a function is not data and is left out.
         """
-        if self.resurrection is not None:
-            self.resurrection.recover(self._weights)
-        return {
-            "version": STATE_VERSION,
-            "phase": str(self._phase),
-            "config": self._config_state(),
-            "masks": {name: weight.bits.clone() for name, weight in self._weights.items()},
-            "shapes": {name: list(weight.shape) for name, weight in self._weights.items()},
-            "generator": self.generator.get_state(),
-            "resurrection": self.resurrection.state_dict() if self.resurrection else None,
-        }
-
-    def _config_state(self) -> dict[str, Any]:
-        values = {key: getattr(self.config, key) for key in ("sparsity", *PRUNE_ARGUMENTS)}
-        if not isinstance(values["method"], str):
-            del values["method"]
-        return {**values, "overrides": dict(self.config.overrides)}
+        return controller_state.state_of(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` gave. Nothing changes if the state does not fit.
@@ -474,59 +454,7 @@ class Controller:
         Raises:
             ArgumentError: not such a state, another version, or other names or shapes of weights.
         """
-        self._check_state(state)
-        masks = {
-            name: unpack_mask(state["masks"][name].to(weight.bits.device), weight.shape)
-            for name, weight in self._weights.items()
-        }
-        config = replace(self.config, **state["config"])
-        phase, saved = Phase(state["phase"]), state["resurrection"]
-        resurrection = Resurrection.from_state_dict(saved) if saved else None
-        self.generator.set_state(state["generator"].cpu())
-        counts = {name: weight.nnz for name, weight in self._weights.items()}
-        for name, weight in self._weights.items():
-            weight.set_mask(masks[name])
-        if any(self._weights[name].nnz != count for name, count in counts.items()):
-            self.structure += 1
-        self.config = config
-        self._phase = phase
-        self.resurrection = resurrection
-        self.epoch += 1
-
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        if not isinstance(state, Mapping) or any(key not in state for key in STATE_KEYS):
-            raise ArgumentError(
-                "state: expected what controller(model).state_dict() returns, got "
-                + (f"keys {sorted(map(str, state))}" if isinstance(state, Mapping) else repr(state))
-            )
-        if state["version"] != STATE_VERSION:
-            raise ArgumentError(
-                f"state: expected version {STATE_VERSION}, got {state['version']!r}; "
-                "load it with the release that wrote it"
-            )
-        if state["phase"] not in list(Phase):
-            raise ArgumentError(
-                f"state: expected a phase among {', '.join(Phase)}, got {state['phase']!r}"
-            )
-        missing = sorted(set(self._weights) - set(state["masks"]))
-        unexpected = sorted(set(state["masks"]) - set(self._weights))
-        if missing or unexpected:
-            raise ArgumentError(
-                f"state: expected masks for exactly the pruned weights; missing {missing}, "
-                f"unexpected {unexpected}; sparsify with the same targets and exclude"
-            )
-        for name, weight in self._weights.items():
-            shape = tuple(state["shapes"][name])
-            if shape != tuple(weight.shape):
-                raise ArgumentError(
-                    f"state: expected shape {tuple(weight.shape)} for {name}, got {shape}"
-                )
-            expected = math.ceil(weight.numel / 8)
-            bits = state["masks"][name]
-            if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or len(bits) != expected:
-                raise ArgumentError(
-                    f"state: expected {expected} bytes of mask for {name}, got {bits!r}"
-                )
+        controller_state.load_state(self, state)
 
     def snapshot(self) -> dict[str, Any]:
         """All that a copy of the model needs to rebuild this controller.
@@ -534,35 +462,24 @@ class Controller:
         Weights go by the module that owns them, which a copy or a pickle takes along: their names
         may have changed since (an adapter wrapped around a layer).
         """
-        weights = self._weights.values()
-        return {
-            "config": self.config.without_predicates(),
-            "compile_config": self.compile_config,
-            "skipped": dict(self.skipped),
-            "weights": [(w.name, w.aliases, w.owner, w.attribute) for w in weights],
-            "state": self.state_dict(),
-        }
+        return controller_state.snapshot_of(self)
 
     @classmethod
     def from_snapshot(
         cls, model: nn.Module, snapshot: Mapping[str, Any], slot: ControllerSlot
     ) -> Controller:
         """The controller of a copied or unpickled ``model``, which already has the hooks."""
-        state = snapshot["state"]
-        masks = []
-        for name, aliases, owner, attribute in snapshot["weights"]:
-            named = NamedWeight(name, owner, attribute, owner._parameters[attribute], aliases)
-            masks.append((named, unpack_mask(state["masks"][name], state["shapes"][name])))
         made = cls(
             model,
-            masks,
+            controller_state.masks_of_snapshot(snapshot),
             snapshot["config"],
             snapshot["skipped"],
             snapshot["compile_config"],
             slot=slot,
-            phase=Phase(state["phase"]),  # resu: theta is in the weights and must not be zeroed
+            # resu: theta is in the weights and must not be zeroed
+            phase=Phase(snapshot["state"]["phase"]),
         )
-        made.load_state_dict(state)
+        made.load_state_dict(snapshot["state"])
         return made
 
     def release(self) -> nn.Module:
