@@ -58,12 +58,12 @@ def new_masks(
     fixed = overridden(weights, config)
     free = [weight for weight in weights if weight.name not in fixed]
     numel = {weight.name: weight.parameter.numel() for weight in weights}
-    # no floor above the overall density: the total stays exact
-    floor = min(config.min_density, 1.0 - config.sparsity)
-    floors = {weight.name: int(floor * numel[weight.name]) for weight in free}
-    keep = {name: keep_count(numel[name], sparsity) for name, sparsity in fixed.items()}
+    keep = fixed_counts(weights, config)
     masks: dict[str, Tensor] = {}
     if config.scope == "global" and free:
+        # no floor above the overall density: the total stays exact
+        floor = min(config.min_density, 1.0 - config.sparsity)
+        floors = {weight.name: int(floor * numel[weight.name]) for weight in free}
         total = keep_count(sum(numel[weight.name] for weight in free), config.sparsity)
         device = free[0].parameter.device  # one ranking needs one place
         masks = global_topk_masks(
@@ -72,15 +72,28 @@ def new_masks(
             floors,
             {weight.name: first[weight.name].to(device) for weight in free} if first else None,
         )
-    else:
-        shapes = {weight.name: tuple(weight.parameter.shape) for weight in free}
-        per_weight = DISTRIBUTIONS[config.distribution](shapes, config.sparsity)
-        for name, sparsity in per_weight.items():
-            count = keep_count(numel[name], sparsity)
-            keep[name] = count if config.distribution == "uniform" else max(count, floors[name])
     for name, count in keep.items():
         masks[name] = topk_mask(scores[name], count, first.get(name))
     return {weight.name: masks[weight.name] for weight in weights}
+
+
+def fixed_counts(weights: Sequence[NamedWeight], config: SparsityConfig) -> dict[str, int]:
+    """How many entries each weight keeps, for the weights whose number no score decides.
+
+    These are the weights that ``overrides`` names, and with ``scope="layer"`` all others too.
+    """
+    fixed = overridden(weights, config)
+    numel = {weight.name: weight.parameter.numel() for weight in weights}
+    keep = {name: keep_count(numel[name], sparsity) for name, sparsity in fixed.items()}
+    free = [weight for weight in weights if weight.name not in fixed]
+    if config.scope == "layer" and free:
+        floor = min(config.min_density, 1.0 - config.sparsity)
+        shapes = {weight.name: tuple(weight.parameter.shape) for weight in free}
+        for name, sparsity in DISTRIBUTIONS[config.distribution](shapes, config.sparsity).items():
+            count = keep_count(numel[name], sparsity)
+            least = 0 if config.distribution == "uniform" else int(floor * numel[name])
+            keep[name] = max(count, least)
+    return keep
 
 
 def overridden(weights: Sequence[NamedWeight], config: SparsityConfig) -> Mapping[str, float]:
