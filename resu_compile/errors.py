@@ -96,3 +96,15 @@ def check_known_keys(keys: Iterable[str], known: Iterable[str], *, what: str) ->
             close = get_close_matches(str(key), names, n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise ArgumentError(f"unknown {what} {key!r}{hint}; known: {', '.join(names)}")
+
+
+def check_integer(value: object, *, name: str, minimum: int = 0) -> int:
+    """``value`` as an int of at least ``minimum``, or an error naming ``name``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ArgumentTypeError(
+            f"{name}: expected an integer >= {minimum}, got {value!r} of type "
+            f"{type(value).__name__}"
+        )
+    if value < minimum:
+        raise ArgumentError(f"{name}: expected an integer >= {minimum}, got {value!r}")
+    return value

@@ -1,0 +1,395 @@
+"""What a training run is made of, as frozen dataclasses that go to and from YAML and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from torch import Tensor
+
+from resu_compile.config import DEFAULT_EXCLUDE, ResurrectionConfig, SparsityConfig
+from resu_compile.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    check_choice,
+    check_integer,
+    check_known_keys,
+    check_number,
+    check_share,
+    check_sparsity,
+)
+from resu_compile.methods import Method
+from resu_compile.training.densify import Densification, Pause
+from resu_compile.training.plan import build_plan
+from resu_compile.training.schedules import Schedule, check_schedule
+
+T = TypeVar("T")
+Names = str | tuple[str, ...] | Callable[[str, Tensor], bool]
+
+
+@dataclass(frozen=True)
+class CycleShares:
+    """How the steps of one cycle are divided; only the proportions count.
+
+    Attributes:
+        train: at the sparsity of the cycle before, >= 0.
+        stabilize: sparse, after the pruning, >= 0.
+        resu: theta grows in the pruned places, >= 0; 0 is plain gradual pruning.
+    """
+
+    train: float = 0.6
+    stabilize: float = 0.1
+    resu: float = 0.3
+
+    def __post_init__(self) -> None:
+        """Check every field; the messages name the argument."""
+        for name in ("train", "stabilize", "resu"):
+            check_number(getattr(self, name), name=f"cycle.{name}", minimum=0.0)
+        if self.stabilize + self.resu == 0.0:
+            raise ArgumentError(
+                "cycle: expected stabilize or resu above 0 (the steps after the pruning), got 0"
+            )
+
+
+@dataclass(frozen=True)
+class EarlyStop:
+    """Stop when a metric of the evaluation has not improved for a while.
+
+    Attributes:
+        metric: its name in what ``evaluate`` returns.
+        mode: ``"min"`` or ``"max"``, which way is better.
+        patience: how many evaluations without improvement are borne, at least 1.
+        min_delta: least difference that counts as an improvement, >= 0.
+        recovery_only: True counts evaluations of the recovery stage alone, when the final sparsity
+            has been reached; a run is then never stopped half pruned.
+    """
+
+    metric: str
+    mode: Literal["min", "max"] = "min"
+    patience: int = 3
+    min_delta: float = 0.0
+    recovery_only: bool = True
+
+    def __post_init__(self) -> None:
+        """Check every field; the messages name the argument."""
+        if not isinstance(self.metric, str) or not self.metric:
+            raise ArgumentTypeError(f"metric: expected a name, got {self.metric!r}")
+        check_choice(self.mode, ("min", "max"), name="mode")
+        check_integer(self.patience, name="patience", minimum=1)
+        check_number(self.min_delta, name="min_delta", minimum=0.0)
+        _check_flag(self.recovery_only, "recovery_only")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Where and how often the whole state of a run is written.
+
+    Attributes:
+        folder: one folder per checkpoint goes into this one.
+        every: optimizer steps between two checkpoints, at least 1; the end always gets one.
+        keep: how many of the newest are kept, at least 1.
+    """
+
+    folder: str
+    every: int = 1000
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        """Check every field; the messages name the argument."""
+        if not isinstance(self.folder, (str, Path)) or not str(self.folder):
+            raise ArgumentTypeError(f"folder: expected a path, got {self.folder!r}")
+        object.__setattr__(self, "folder", str(self.folder))
+        check_integer(self.every, name="every", minimum=1)
+        check_integer(self.keep, name="keep", minimum=1)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """A whole run: warm-up, cycles of pruning and resurrection, recovery.
+
+    Attributes:
+        steps: optimizer steps in all.
+        warmup: share of them that is trained dense before the first cycle, in [0, 1).
+        recovery: share of them after the last cycle, in [0, 1).
+        cycles: how often the weights are pruned and resurrected.
+        cycle: how the steps of one cycle are divided.
+        sparsity: after the last cycle, in [0, 1).
+        initial_sparsity: before the first cycle, in [0, 1).
+        schedule: how sparsity goes from the one to the other: a name of
+            ``resu_compile.training.schedules.SHAPES``, one sparsity per cycle, or a function of t.
+        method: as in ``SparsityConfig``, and so are the next six.
+        scope: where weights are ranked.
+        distribution: how sparsity is spread over the layers.
+        min_density: least density of a layer.
+        overrides: name or glob -> sparsity of those weights at the highest sparsity of the run;
+            at a lower one, in proportion.
+        targets: what is pruned.
+        exclude: what is left dense.
+        resurrection: how theta is trained and committed; its ``budget`` gives way to the next two.
+        budget_start: budget of the first cycle's commit, in [0, 1].
+        budget_end: budget of the last cycle's; linear in between.
+        densify: sparsity falls from its start to ``sparsity``; ``schedule`` has then no part.
+        accumulate: batches per optimizer step.
+        clip_norm: largest norm of all gradients together; None does not clip.
+        autocast: dtype of mixed precision; ``"float16"`` scales the loss.
+        evaluate_every: optimizer steps between evaluations; None evaluates at the end alone.
+        log_every: optimizer steps between the step lines of the stats.
+        early_stop: when to stop before the end.
+        checkpoint: where and how often the state is written.
+        stats: path of the stats file, one JSON object a line.
+        seed: seed of the controller's random generator.
+        compile: compile the model.
+    """
+
+    steps: int = 5000
+    warmup: float = 0.1
+    recovery: float = 0.25
+    cycles: int = 5
+    cycle: CycleShares = field(default_factory=CycleShares)
+    sparsity: float = 0.7
+    initial_sparsity: float = 0.0
+    schedule: Schedule = "cubic"
+    method: str | Method = "magnitude"
+    scope: Literal["layer", "global"] = "layer"
+    distribution: Literal["uniform", "erk"] = "uniform"
+    min_density: float = 0.01
+    overrides: Mapping[str, float] = field(default_factory=dict)
+    targets: Names | None = None
+    exclude: Names | None = DEFAULT_EXCLUDE
+    resurrection: ResurrectionConfig = field(default_factory=ResurrectionConfig)
+    budget_start: float = 0.02
+    budget_end: float = 0.02
+    densify: Densification | None = None
+    accumulate: int = 1
+    clip_norm: float | None = None
+    autocast: Literal["bfloat16", "float16"] | None = None
+    evaluate_every: int | None = None
+    log_every: int = 10
+    early_stop: EarlyStop | None = None
+    checkpoint: CheckpointConfig | None = None
+    stats: str | None = None
+    seed: int = 0
+    compile: bool = True
+
+    def __post_init__(self) -> None:
+        """Check every field and that a plan can be made of them."""
+        for name in ("steps", "cycles", "accumulate", "log_every"):
+            check_integer(getattr(self, name), name=name, minimum=1)
+        for name in ("warmup", "recovery", "initial_sparsity"):
+            check_share(getattr(self, name), name=name)
+        check_sparsity(self.sparsity)
+        _check_type(self.cycle, CycleShares, "cycle")
+        _check_type(self.resurrection, ResurrectionConfig, "resurrection")
+        for name in ("budget_start", "budget_end"):
+            check_number(getattr(self, name), name=name, minimum=0.0, maximum=1.0)
+        self.sparsity_config()
+        if isinstance(self.targets, list):
+            object.__setattr__(self, "targets", tuple(self.targets))
+        if isinstance(self.exclude, list):
+            object.__setattr__(self, "exclude", tuple(self.exclude))
+        schedule = self.schedule
+        if self.densify is not None:
+            _check_type(self.densify, Densification, "densify")
+            self.densify.check(cycles=self.cycles, final=self.sparsity)
+            if self.cycle.resu == 0.0:
+                raise ArgumentError("cycle.resu: expected more than 0 with densify, got 0")
+        else:
+            schedule = check_schedule(schedule, cycles=self.cycles, final=self.sparsity)
+        object.__setattr__(self, "schedule", schedule)
+        if self.clip_norm is not None:
+            check_number(self.clip_norm, name="clip_norm", minimum=0.0)
+        if self.autocast is not None:
+            check_choice(self.autocast, ("bfloat16", "float16"), name="autocast")
+        if self.evaluate_every is not None:
+            check_integer(self.evaluate_every, name="evaluate_every", minimum=1)
+        if self.early_stop is not None:
+            _check_type(self.early_stop, EarlyStop, "early_stop")
+        if self.checkpoint is not None:
+            _check_type(self.checkpoint, CheckpointConfig, "checkpoint")
+        if self.stats is not None:
+            if not isinstance(self.stats, (str, Path)):
+                raise ArgumentTypeError(f"stats: expected a path, got {self.stats!r}")
+            object.__setattr__(self, "stats", str(self.stats))
+        _check_flag(self.compile, "compile")
+        build_plan(self)
+
+    def sparsity_config(self) -> SparsityConfig:
+        """What ``sparsify`` goes by at the final sparsity."""
+        return SparsityConfig(
+            sparsity=self.sparsity,
+            method=self.method,
+            scope=self.scope,
+            distribution=self.distribution,
+            targets=self.targets,
+            exclude=self.exclude,
+            overrides=self.overrides,
+            min_density=self.min_density,
+            seed=self.seed,
+        )
+
+    # -- as data -------------------------------------------------------------------------------
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, which JSON and YAML can hold and ``from_dict`` takes back.
+
+        Raises:
+            ArgumentError: a field holds a function or an object (a schedule, a score, a method, a
+                predicate); those are no data.
+        """
+        found: dict[str, Any] = _plain(self, "")
+        return found
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TrainingConfig:
+        """The config that ``to_dict`` or a hand-written file describes.
+
+        Args:
+            data: field -> value; missing fields take their defaults. The key ``preset`` names the
+                preset that they change instead.
+
+        Raises:
+            ArgumentError: an unknown key, or a value that the fields do not take.
+        """
+        if not isinstance(data, Mapping):
+            raise ArgumentTypeError(f"config: expected a mapping of settings, got {data!r}")
+        values = dict(data)
+        base = values.pop("preset", None)
+        check_known_keys(values, {f.name for f in fields(cls)} | {"preset"}, what="setting")
+        for key, part in _PARTS.items():
+            if isinstance(values.get(key), Mapping):
+                values[key] = _build(part, values[key], key)
+        if base is None:
+            return cls(**values)
+        from resu_compile.training.presets import preset
+
+        return preset(base, **values)
+
+    def dump(self, path: str | Path) -> None:
+        """Write the config to a ``.yaml``, ``.yml`` or ``.json`` file.
+
+        Raises:
+            ArgumentError: another suffix, or a field that is no data.
+        """
+        kind, data = _format(path), self.to_dict()
+        if kind == "json":
+            text = json.dumps(data, indent=2) + "\n"
+        else:
+            text = _yaml().safe_dump(data, sort_keys=False)
+        Path(path).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrainingConfig:
+        """The config in a ``.yaml``, ``.yml`` or ``.json`` file.
+
+        Raises:
+            ArgumentError: another suffix, a file that is no such text, or an unknown setting.
+        """
+        kind, text = _format(path), Path(path).read_text(encoding="utf-8")
+        try:
+            data = json.loads(text) if kind == "json" else _load_yaml(text)
+        except ValueError as error:
+            raise ArgumentError(f"{path}: expected {kind.upper()}, got: {error}") from error
+        return cls.from_dict({} if data is None else data)
+
+
+_PARTS: dict[str, type[Any]] = {
+    "cycle": CycleShares,
+    "resurrection": ResurrectionConfig,
+    "densify": Densification,
+    "early_stop": EarlyStop,
+    "checkpoint": CheckpointConfig,
+}
+_DATA = (
+    TrainingConfig,
+    CycleShares,
+    ResurrectionConfig,
+    Densification,
+    Pause,
+    EarlyStop,
+    CheckpointConfig,
+)
+
+
+def _check_type(value: object, kind: type[Any], name: str) -> None:
+    if not isinstance(value, kind):
+        raise ArgumentTypeError(f"{name}: expected a {kind.__name__}, got {value!r}")
+
+
+def _check_flag(value: object, name: str) -> None:
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(f"{name}: expected a bool, got {value!r}")
+
+
+def _build(kind: type[T], data: object, where: str) -> T:
+    """An object of the dataclass ``kind`` from plain data."""
+    if not isinstance(data, Mapping):
+        raise ArgumentTypeError(f"{where}: expected a mapping of settings, got {data!r}")
+    values = dict(data)
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    check_known_keys(values, known, what=f"setting of {where}")
+    for name, entry in known.items():
+        if entry.default is MISSING and entry.default_factory is MISSING and name not in values:
+            raise ArgumentError(f"{where}.{name}: expected a value, got none")
+    if kind is Densification and isinstance(values.get("pauses"), (list, tuple)):
+        values["pauses"] = tuple(
+            pause if isinstance(pause, Pause) else _build(Pause, pause, f"{where}.pauses")
+            for pause in values["pauses"]
+        )
+    return kind(**values)
+
+
+def _plain(value: Any, where: str) -> Any:
+    """``value`` as JSON data: dataclasses and mappings become dicts, tuples become lists."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, _DATA):
+        prefix = f"{where}." if where else ""
+        return {f.name: _plain(getattr(value, f.name), prefix + f.name) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, where) for item in value]
+    raise ArgumentError(
+        f"{where}: expected plain data (a name, numbers) in a config that is saved, got {value!r}; "
+        "pass functions and objects in Python, to the config that was loaded"
+    )
+
+
+def _format(path: str | Path) -> str:
+    kind = {".yaml": "yaml", ".yml": "yaml", ".json": "json"}.get(Path(path).suffix.lower())
+    if kind is None:
+        raise ArgumentError(f"path: expected a name ending in .yaml, .yml or .json, got {path!s}")
+    return kind
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError:
+        raise ArgumentError(
+            "path: expected PyYAML to be installed for a YAML file, it is not; "
+            "pip install resu-compile[train], or use .json"
+        ) from None
+    return yaml
+
+
+def _load_yaml(text: str) -> Any:
+    """Safe YAML in which ``1e-4`` is a number, as in YAML 1.2; PyYAML reads a string."""
+    import re
+
+    yaml = _yaml()
+
+    class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]
+        """A loader of its own: a resolver that is added stays added."""
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+        list("-+.0123456789"),
+    )
+    try:
+        return yaml.load(text, Loader=Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error

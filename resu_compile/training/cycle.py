@@ -1,0 +1,357 @@
+"""The phases of a training run, driven from any loop.
+
+cycle = Cycle(model, TrainingConfig(steps=5000, sparsity=0.9))
+optimizer = torch.optim.AdamW(model.parameters())
+cycle.start()
+while not cycle.done:
+    loss_of(model, next(batches)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    cycle.step()
+cycle.finish()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from resu_compile.errors import ArgumentError, ArgumentTypeError
+from resu_compile.phase import Phase
+from resu_compile.pruning import sparsify
+from resu_compile.runtime.commit import CommitReport
+from resu_compile.runtime.controller import Controller, ResurrectionPhase, find_controller
+from resu_compile.training.config import TrainingConfig
+from resu_compile.training.densify import Pause
+from resu_compile.training.plan import (
+    Plan,
+    Span,
+    Stage,
+    build_plan,
+    cycle_budgets,
+    cycle_sparsities,
+)
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class CycleStats:
+    """What one cycle did, as plain data.
+
+    Attributes:
+        cycle: its index, from 0 on.
+        step: optimizer steps done at its end.
+        sparsity: share of pruned weights at its end, as counted.
+        budget: budget of its commit.
+        prune: ``CommitReport.as_dict()`` of its last pruning; None if it did not prune.
+        commit: the same of its commit; None if it had no RESU stage.
+    """
+
+    cycle: int
+    step: int
+    sparsity: float
+    budget: float
+    prune: dict[str, Any] | None
+    commit: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class CycleEvent:
+    """Something that ``Cycle`` did between two steps.
+
+    Attributes:
+        kind: ``"prune"``, ``"commit"`` or ``"pause"``.
+        step: optimizer steps done.
+        cycle: the cycle that it belongs to; -1 outside of cycles.
+        report: what a pruning or a commit changed.
+        pause: the pause.
+    """
+
+    kind: str
+    step: int
+    cycle: int
+    report: CommitReport | None = None
+    pause: Pause | None = None
+
+
+class Cycle:
+    """Drives the phases of ``model`` by the plan of ``config``; the loop stays the user's own.
+
+    ``step()`` comes once after each ``optimizer.step()``. At the borders of the plan's spans it
+    prunes, begins a RESU phase, commits with that cycle's budget, or enters the recovery. Nothing
+    else of a loop needs to change:
+
+        cycle = Cycle(model, preset("default", steps=2000))
+        optimizer = torch.optim.AdamW(model.parameters())
+        cycle.start()
+        while not cycle.done:
+            for batch in loader:
+                loss_of(model, batch).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                if cycle.step().done:
+                    break
+        model = cycle.finish()
+
+    To resume: build the model, the optimizer and the ``Cycle``, then load the state of the model,
+    of ``cycle.controller``, of the optimizer and of the cycle, in this order.
+
+    Args:
+        model: any module. One without a controller gets it here, with nothing pruned yet; one that
+            ``sparsify`` has taken up before keeps its targets.
+        config: the plan. Fields about the loop itself (``accumulate``, ``clip_norm``, ...) have no
+            part in it; they belong to ``Trainer``.
+        on_event: called with each ``CycleEvent``, after it happened.
+        on_pause: called as ``on_pause(model, cycle)`` at the pauses of a densification.
+
+    Attributes:
+        model: the model.
+        config: as given.
+        plan: the spans.
+        sparsities: what each cycle ends with.
+        budgets: of each cycle's commit.
+        step_index: optimizer steps done.
+        history: one ``CycleStats`` for each cycle that has ended.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainingConfig,
+        *,
+        on_event: Callable[[CycleEvent], None] | None = None,
+        on_pause: Callable[[nn.Module, int], object] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ArgumentTypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+        if not isinstance(config, TrainingConfig):
+            raise ArgumentTypeError(
+                f"config: expected a TrainingConfig, got {type(config).__name__}"
+            )
+        self.model = model
+        self.config = config
+        self.plan: Plan = build_plan(config)
+        self.sparsities = cycle_sparsities(config)
+        self.budgets = cycle_budgets(config)
+        self.step_index = 0
+        self.history: list[CycleStats] = []
+        self._on_event = on_event
+        self._on_pause = on_pause
+        self._position = 0
+        self._started = False
+        self._pruned: dict[str, Any] | None = None
+        if find_controller(model) is None:
+            self._attach()
+
+    def _attach(self) -> None:
+        config = self.config
+        sparsify(
+            self.model,
+            sparsity=0.0,  # masks of ones; the method, which may need data, comes at the pruning
+            targets=config.targets,
+            exclude=config.exclude,
+            seed=config.seed,
+            compile=config.compile,
+        )
+        self._required().set_phase("dense")
+
+    # -- where it is ---------------------------------------------------------------------------
+    @property
+    def controller(self) -> Controller | None:
+        """The model's controller; None once a densified model was made plain."""
+        return find_controller(self.model)
+
+    @property
+    def span(self) -> Span:
+        """The span of the next step; at the end, the last one."""
+        return self.plan[min(self._position, len(self.plan) - 1)]
+
+    @property
+    def stage(self) -> Stage:
+        """The stage of the next step."""
+        return self.span.stage
+
+    @property
+    def done(self) -> bool:
+        """True once all steps of the plan are done."""
+        return self.step_index >= self.plan[-1].stop
+
+    def _required(self) -> Controller:
+        found = self.controller
+        if found is None:
+            raise ArgumentError(
+                "cycle: expected its model to have a controller, but it was released; a finished "
+                "cycle cannot go on, build a new one"
+            )
+        return found
+
+    # -- going on ------------------------------------------------------------------------------
+    def start(self) -> Cycle:
+        """Do what the first span asks for, before the first step; later calls do nothing.
+
+        ``step()`` does it too, one optimizer step late: a plan without warm-up that begins sparse
+        needs this call.
+
+        Returns:
+            Itself.
+        """
+        if not self._started:
+            self._started = True
+            self._enter(self.plan[0])
+        return self
+
+    def step(self) -> Cycle:
+        """Count one ``optimizer.step()`` and cross the border of a span, if this is one.
+
+        Returns:
+            Itself.
+
+        Raises:
+            ArgumentError: the plan has no step left.
+            WeightError: at a pruning or a commit, a weight holds NaN or infinity.
+        """
+        if self.done:
+            raise ArgumentError(
+                f"step: expected at most {self.plan[-1].stop} steps, which this plan has; stop the "
+                "loop when cycle.done, or give the config more steps"
+            )
+        self.start()
+        self.step_index += 1
+        span = self.span
+        if self.step_index == span.stop:
+            self._leave(span)
+            self._position += 1
+            if not self.done:
+                self._enter(self.span)
+        return self
+
+    def finish(self) -> nn.Module:
+        """End the run, early or not: an open RESU phase is committed.
+
+        A densified model that holds no pruned weight any more is made plain.
+
+        Returns:
+            The model.
+        """
+        controller = self.controller
+        if controller is None:
+            return self.model
+        if controller.phase is Phase.RESU:
+            self._leave(self.span)
+        if self.config.densify is not None and self.done and self.config.sparsity == 0.0:
+            return controller.release()
+        return self.model
+
+    def _enter(self, span: Span) -> None:
+        """Bring the model into the phase and to the sparsity of ``span``."""
+        controller = self._required()
+        if span.sparsity == 0.0:
+            controller.set_phase("dense")
+            return
+        if controller.phase is Phase.DENSE or controller.config.sparsity != span.sparsity:
+            self._prune(controller, span)
+        if span.stage is Stage.RESU:
+            config = replace(self.config.resurrection, budget=self.budgets[span.cycle])
+            ResurrectionPhase(controller, config).__enter__()  # _leave commits it
+
+    def _prune(self, controller: Controller, span: Span) -> None:
+        config = self.config
+        highest = max(config.initial_sparsity, *self.sparsities)
+        report = controller.prune(
+            span.sparsity,
+            method=config.method,
+            scope=config.scope,
+            distribution=config.distribution,
+            min_density=config.min_density,
+            overrides={k: v * span.sparsity / highest for k, v in config.overrides.items()},
+        )
+        self._pruned = report.as_dict()
+        self._tell(CycleEvent("prune", self.step_index, span.cycle, report))
+
+    def _leave(self, span: Span) -> None:
+        """Commit at the end of a RESU span, and close the books of a cycle at its end."""
+        following = self._position + 1
+        last = following >= len(self.plan) or self.plan[following].cycle != span.cycle
+        if span.cycle < 0:
+            return
+        committed = None
+        controller = self._required()
+        if controller.phase is Phase.RESU:
+            target = self.sparsities[span.cycle]
+            options: dict[str, Any] = {"sparsity": target} if target < span.sparsity else {}
+            if callable(self.config.resurrection.score):  # a resumed phase has lost it
+                options["score"] = self.config.resurrection.score
+            report = controller.commit(**options)
+            committed = report.as_dict()
+            self._tell(CycleEvent("commit", self.step_index, span.cycle, report))
+        if last:
+            self._close(controller, span.cycle, committed)
+
+    def _close(self, controller: Controller, cycle: int, committed: dict[str, Any] | None) -> None:
+        self.history.append(
+            CycleStats(
+                cycle=cycle,
+                step=self.step_index,
+                sparsity=controller.sparsity,
+                budget=self.budgets[cycle],
+                prune=self._pruned,
+                commit=committed,
+            )
+        )
+        self._pruned = None
+        pause = None if self.config.densify is None else self.config.densify.pause_after(cycle)
+        if pause is not None:
+            if self._on_pause is not None:
+                self._on_pause(self.model, cycle)
+            self._tell(CycleEvent("pause", self.step_index, cycle, pause=pause))
+
+    def _tell(self, event: CycleEvent) -> None:
+        if self._on_event is not None:
+            self._on_event(event)
+
+    # -- state ---------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """Where the plan stands, as plain data; the masks are in the controller's own state."""
+        return {
+            "version": STATE_VERSION,
+            "plan": [
+                [span.start, span.stop, str(span.stage), span.cycle, span.sparsity]
+                for span in self.plan
+            ],
+            "step_index": self.step_index,
+            "started": self._started,
+            "pruned": self._pruned,
+            "history": [asdict(stats) for stats in self.history],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken.
+
+        Raises:
+            ArgumentError: no such state, another version, or the state of another plan.
+        """
+        own = self.state_dict()
+        if not isinstance(state, Mapping) or set(own) - set(state):
+            raise ArgumentError(
+                f"state: expected what Cycle.state_dict() returns, with keys {sorted(own)}"
+            )
+        if state["version"] != STATE_VERSION:
+            raise ArgumentError(
+                f"state: expected version {STATE_VERSION}, got {state['version']!r}; load it with "
+                "the release that wrote it"
+            )
+        if [list(span) for span in state["plan"]] != own["plan"]:
+            raise ArgumentError(
+                "state: expected the same plan as this config makes; resume with the config that "
+                "the run was begun with (steps, warmup, recovery, cycles, cycle, sparsity, "
+                "schedule, densify)"
+            )
+        self.step_index = state["step_index"]
+        self._started = state["started"]
+        self._pruned = state["pruned"]
+        self.history = [CycleStats(**stats) for stats in state["history"]]
+        self._position = sum(span.stop <= self.step_index for span in self.plan)

@@ -1,0 +1,142 @@
+"""Which stage holds at which step: the plan of a training run.
+
+    WARMUP | TRAIN  PRUNE  STABILIZE  RESU  COMMIT | ... | RECOVER
+             `------------ one cycle ------------'
+
+PRUNE and COMMIT happen between two steps: pruning where a span is sparser than what was before it,
+the commit where a RESU span ends. TRAIN keeps the sparsity of the cycle before. The recovery at the
+end is what makes the result good: a plan that ends in a commit ships weights that came back and
+were never trained in the network that they joined.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from resu_compile.errors import ArgumentError
+from resu_compile.training.schedules import scheduled_sparsities
+
+if TYPE_CHECKING:
+    from resu_compile.training.config import TrainingConfig
+
+
+class Stage(StrEnum):
+    """What a span of steps is for."""
+
+    WARMUP = "warmup"
+    TRAIN = "train"
+    STABILIZE = "stabilize"
+    RESU = "resu"
+    RECOVER = "recover"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Steps ``start`` to ``stop`` (exclusive) in one stage at one sparsity.
+
+    Attributes:
+        start: first step, counted from 0.
+        stop: first step after it.
+        stage: what it is for.
+        cycle: the cycle that it belongs to, from 0 on; -1 before the first and after the last.
+        sparsity: share of pruned weights in it; 0 is dense.
+    """
+
+    start: int
+    stop: int
+    stage: Stage
+    cycle: int
+    sparsity: float
+
+    @property
+    def steps(self) -> int:
+        """How many steps it has."""
+        return self.stop - self.start
+
+
+Plan = tuple[Span, ...]
+
+
+def cycle_sparsities(config: TrainingConfig) -> tuple[float, ...]:
+    """The sparsity that each cycle of ``config`` ends with."""
+    if config.densify is not None:
+        return config.densify.sparsities(cycles=config.cycles, final=config.sparsity)
+    return scheduled_sparsities(
+        config.schedule,
+        cycles=config.cycles,
+        initial=config.initial_sparsity,
+        final=config.sparsity,
+    )
+
+
+def cycle_budgets(config: TrainingConfig) -> tuple[float, ...]:
+    """The budget of each cycle's commit: linear, and the last cycle's is ``budget_end``.
+
+        r(c) = r_start - (r_start - r_end) c / (C - 1)
+
+    A single cycle takes ``budget_end``.
+
+    Source: RESU divides by C instead, and then never reaches r_end
+    (huy209vn/RESU, resu/training/config.py).
+    """
+    start, end, last = config.budget_start, config.budget_end, config.cycles - 1
+    return tuple(
+        start - (start - end) * c / last if c < last else end for c in range(config.cycles)
+    )
+
+
+def build_plan(config: TrainingConfig) -> Plan:
+    """The spans of ``config``, in order; they cover each of its steps once.
+
+    A stage whose share is 0 has no span; any other has a step at least.
+
+    Raises:
+        ArgumentError: there are fewer steps than stages.
+    """
+    warm = _at_least_one(config.steps, config.warmup)
+    tail = _at_least_one(config.steps, config.recovery)
+    shares = config.cycle
+    parts = [
+        (Stage.TRAIN, shares.train),
+        (Stage.STABILIZE, shares.stabilize),
+        (Stage.RESU, shares.resu),
+    ]
+    parts = [(stage, share) for stage, share in parts if share > 0.0]
+    middle = config.steps - warm - tail
+    if middle < config.cycles * len(parts):
+        raise ArgumentError(
+            f"steps: expected at least {warm + tail + config.cycles * len(parts)} for "
+            f"{config.cycles} cycles of {len(parts)} stages, {warm} steps of warm-up and {tail} of "
+            f"recovery, got {config.steps}; take more steps or fewer cycles"
+        )
+    spans = [Span(0, warm, Stage.WARMUP, -1, 0.0)] if warm else []
+    before = config.initial_sparsity
+    for cycle, after in enumerate(cycle_sparsities(config)):
+        start = warm + middle * cycle // config.cycles
+        stop = warm + middle * (cycle + 1) // config.cycles
+        edges = _split(start, stop, [share for _, share in parts])
+        for (stage, _), left, right in zip(parts, edges[:-1], edges[1:], strict=True):
+            # a cycle that ends less sparse than it began keeps its places until the commit
+            held = before if stage is Stage.TRAIN else max(before, after)
+            spans.append(Span(left, right, stage, cycle, held))
+        before = after
+    if tail:
+        spans.append(Span(config.steps - tail, config.steps, Stage.RECOVER, -1, config.sparsity))
+    return tuple(spans)
+
+
+def _at_least_one(steps: int, share: float) -> int:
+    return max(round(steps * share), 1) if share > 0.0 else 0
+
+
+def _split(start: int, stop: int, shares: list[float]) -> list[int]:
+    """The edges that cut ``[start, stop)`` in proportion to ``shares``, no part empty."""
+    total, edges, gone = sum(shares), [start], 0.0
+    for index, share in enumerate(shares[:-1]):
+        gone += share
+        edge = start + round((stop - start) * gone / total)
+        parts_left = len(shares) - 1 - index
+        edges.append(min(max(edge, edges[-1] + 1), stop - parts_left))
+    return [*edges, stop]
