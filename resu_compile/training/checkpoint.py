@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resu_compile.errors import ArgumentError, ArgumentTypeError, ArtifactError
+from resu_compile.errors import ArgumentError, ArtifactError, check_integer
 from resu_compile.training.tree import decode_tree, encode_tree
 
 log = logging.getLogger(__name__)
@@ -67,8 +67,8 @@ def save_checkpoint(folder: str | os.PathLike[str], state: Any, *, step: int, ke
         ArgumentError: ``step`` or ``keep`` is out of range, or safetensors is not installed.
         OSError: the disk refuses; every earlier checkpoint is as it was.
     """
-    _check_count(step, name="step", minimum=0)
-    _check_count(keep, name="keep", minimum=1)
+    check_integer(step, name="step")
+    check_integer(keep, name="keep", minimum=1)
     root = Path(folder)
     _import_safetensors()
     tree, tensors = encode_tree(state)
@@ -302,13 +302,6 @@ def _package_version() -> str:
         return version("resu-compile")
     except PackageNotFoundError:  # run from a checkout
         return "unknown"
-
-
-def _check_count(value: object, *, name: str, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ArgumentTypeError(f"{name}: expected an int >= {minimum}, got {value!r}")
-    if value < minimum:
-        raise ArgumentError(f"{name}: expected an int >= {minimum}, got {value}")
 
 
 def _import_safetensors() -> ModuleType:

@@ -245,7 +245,7 @@ def test_nothing_to_load(tmp_path, name):
 )
 def test_bad_numbers(tmp_path, changes, error):
     (name,) = changes
-    with pytest.raises(error, match=f"^{name}: expected an int >= "):
+    with pytest.raises(error, match=f"^{name}: expected an integer >= "):
         save_checkpoint(tmp_path, {}, **({"step": 0, "keep": 1} | changes))
 
 
@@ -369,6 +369,7 @@ def test_kill_at_any_call(tmp_path, monkeypatch):
         state = load_checkpoint(folder)
         found.add(state["step"])
         check_state(state, state["step"])
+        assert steps_in(folder)[-1] == state["step"]  # each that is listed can be read
         save_checkpoint(folder, make_state(3), step=3, keep=1)
         assert steps_in(folder) == [3]
         assert leftovers(folder) == []
