@@ -1,5 +1,6 @@
 """The training loop: a plan of phases from a config, for any loop or with one that is ready."""
 
+from resu_compile.training.callbacks import Callback, ProgressBar
 from resu_compile.training.config import (
     CheckpointConfig,
     CycleShares,
@@ -11,9 +12,11 @@ from resu_compile.training.densify import Densification, Pause
 from resu_compile.training.plan import Plan, Span, Stage, build_plan
 from resu_compile.training.presets import PRESETS, preset
 from resu_compile.training.stats import read_stats
+from resu_compile.training.trainer import Trainer, TrainingResult
 
 __all__ = [
     "PRESETS",
+    "Callback",
     "CheckpointConfig",
     "Cycle",
     "CycleEvent",
@@ -23,9 +26,12 @@ __all__ = [
     "EarlyStop",
     "Pause",
     "Plan",
+    "ProgressBar",
     "Span",
     "Stage",
+    "Trainer",
     "TrainingConfig",
+    "TrainingResult",
     "build_plan",
     "preset",
     "read_stats",

@@ -241,6 +241,11 @@ class TrainingConfig:
         found: dict[str, Any] = _plain(self, "")
         return found
 
+    def describe(self) -> dict[str, Any]:
+        """``to_dict``, with the name of each function or class in its place; for records."""
+        found: dict[str, Any] = _plain(self, "", strict=False)
+        return found
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrainingConfig:
         """The config that ``to_dict`` or a hand-written file describes.
@@ -340,17 +345,21 @@ def _build(kind: type[T], data: object, where: str) -> T:
     return kind(**values)
 
 
-def _plain(value: Any, where: str) -> Any:
+def _plain(value: Any, where: str, strict: bool = True) -> Any:
     """``value`` as JSON data: dataclasses and mappings become dicts, tuples become lists."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, _DATA):
         prefix = f"{where}." if where else ""
-        return {f.name: _plain(getattr(value, f.name), prefix + f.name) for f in fields(value)}
+        return {
+            f.name: _plain(getattr(value, f.name), prefix + f.name, strict) for f in fields(value)
+        }
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
+        return {str(key): _plain(item, f"{where}[{key!r}]", strict) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item, where) for item in value]
+        return [_plain(item, where, strict) for item in value]
+    if not strict:
+        return str(getattr(value, "__qualname__", type(value).__qualname__))
     raise ArgumentError(
         f"{where}: expected plain data (a name, numbers) in a config that is saved, got {value!r}; "
         "pass functions and objects in Python, to the config that was loaded"

@@ -22,7 +22,7 @@ from torch import nn
 from resu_compile.errors import ArgumentError, ArgumentTypeError
 from resu_compile.phase import Phase
 from resu_compile.pruning import sparsify
-from resu_compile.runtime.commit import CommitReport
+from resu_compile.runtime.commit_report import CommitReport
 from resu_compile.runtime.controller import Controller, ResurrectionPhase, find_controller
 from resu_compile.training.config import TrainingConfig
 from resu_compile.training.densify import Pause

@@ -1,0 +1,439 @@
+"""A training loop that is ready: what ``Cycle`` leaves to the user, done the ordinary way.
+
+trainer = Trainer(model, optimizer, loss_fn, TrainingConfig(steps=5000, sparsity=0.9))
+result = trainer.fit(loader)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from resu_compile.errors import ArgumentError, ArgumentTypeError
+from resu_compile.training.batches import Batches, BatchStream
+from resu_compile.training.callbacks import Callback, ProgressBar
+from resu_compile.training.config import EarlyStop, TrainingConfig
+from resu_compile.training.cycle import Cycle, CycleEvent, CycleStats
+from resu_compile.training.losses import LossWatch
+from resu_compile.training.plan import Span, Stage
+from resu_compile.training.random_state import random_state, restore_random_state
+from resu_compile.training.stats import Record, StatsWriter, layer_sparsities, mask_picture
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+Evaluate = Callable[[nn.Module], Mapping[str, float]]
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What ``Trainer.fit`` returns.
+
+    Attributes:
+        history: one entry for each cycle.
+        stats: the records of the stats, whether they went to a file or not.
+        best: best value of the early-stop metric among the evaluations that counted; None without.
+        stopped_early: True if the early stop ended the run.
+        steps: optimizer steps done, those before a resume included.
+    """
+
+    history: tuple[CycleStats, ...]
+    stats: tuple[Record, ...]
+    best: float | None
+    stopped_early: bool
+    steps: int
+
+
+class Patience:
+    """Says when a metric has not improved for long enough."""
+
+    def __init__(self, rule: EarlyStop) -> None:
+        self.rule = rule
+        self.best: float | None = None
+        self.waited = 0
+
+    def see(self, metrics: Mapping[str, float]) -> bool:
+        """Take note of an evaluation; True if the run is to stop."""
+        if self.rule.metric not in metrics:
+            raise ArgumentError(
+                f"early_stop: expected evaluate() to return {self.rule.metric!r}, "
+                f"got {', '.join(sorted(metrics)) or 'nothing'}"
+            )
+        value = float(metrics[self.rule.metric])
+        gain = 0.0
+        if self.best is not None:
+            gain = self.best - value if self.rule.mode == "min" else value - self.best
+        if self.best is None or gain > self.rule.min_delta:
+            self.best, self.waited = value, 0
+        else:
+            self.waited += 1
+        return self.waited >= self.rule.patience
+
+
+class Trainer:
+    """Trains ``model`` by the plan of ``config``.
+
+    Args:
+        model: any module, on its device. It is sparsified here unless it has been.
+        optimizer: of the model's parameters.
+        loss_fn: ``(model, batch) -> scalar tensor``; it moves the batch to the device, if need be.
+        config: the run.
+        callbacks: told of everything, in this order.
+        evaluate: ``(model) -> {metric: number}``, called in eval mode without gradients.
+        scheduler: stepped after each optimizer step.
+        on_pause: ``(model, cycle)``, called at the pauses of a densification.
+        progress: show a progress bar.
+
+    Attributes:
+        cycle: where the run is; its ``controller`` and ``history``.
+        stats: the records so far.
+
+    Raises:
+        ArgumentTypeError: an argument has a wrong type.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss_fn: LossFn,
+        config: TrainingConfig,
+        *,
+        callbacks: Sequence[Callback] = (),
+        evaluate: Evaluate | None = None,
+        scheduler: LRScheduler | None = None,
+        on_pause: Callable[[nn.Module, int], object] | None = None,
+        progress: bool = False,
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ArgumentTypeError(
+                f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            )
+        if not callable(loss_fn):
+            raise ArgumentTypeError(f"loss_fn: expected a function, got {loss_fn!r}")
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise ArgumentTypeError(
+                "scheduler: expected one that steps without a metric, got ReduceLROnPlateau; "
+                "step it in a callback's on_evaluate instead"
+            )
+        if config.early_stop is not None and evaluate is None:
+            raise ArgumentError("evaluate: expected a function, because early_stop needs one")
+        self.model = model
+        self.optimizer = optimizer
+        self.loss_fn = loss_fn
+        self.config = config
+        self.callbacks = [*callbacks, *([ProgressBar()] if progress else [])]
+        self.evaluate = evaluate
+        self.scheduler = scheduler
+        self.cycle = Cycle(model, config, on_event=self._on_event, on_pause=on_pause)
+        self._writer = StatsWriter(config.stats)
+        self._patience = Patience(config.early_stop) if config.early_stop else None
+        self._stopped = False
+        self._batches: BatchStream | None = None
+        self._batches_state: Mapping[str, Any] | None = None
+        self._random: Mapping[str, Any] | None = None
+        self._watch = LossWatch()
+        self._device = next(model.parameters()).device
+        scaled = config.autocast == "float16"
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=scaled)
+
+    @property
+    def stats(self) -> list[Record]:
+        """The records so far, those before a resume included if they went to a file."""
+        return self._writer.records
+
+    # -- the run -------------------------------------------------------------------------------
+    def fit(self, batches: Batches, *, resume: bool = False) -> TrainingResult:
+        """Train to the end of the plan, or until the early stop.
+
+        Args:
+            batches: a ``DataLoader`` or anything that can be iterated anew for each epoch, or a
+                function from the epoch to its batches. An epoch that ends within an optimizer step
+                is followed by the next one.
+            resume: go on from the newest checkpoint in ``config.checkpoint.folder``, if there is
+                one; otherwise begin.
+
+        Raises:
+            ArgumentError: the loss is no scalar, NaN or infinite; the message names the step.
+        """
+        if resume:
+            self._load_newest()
+        self._batches = BatchStream(batches)
+        if self._batches_state is not None:
+            self._batches.load_state_dict(self._batches_state)
+        self.model.train()
+        resumed = self.cycle.step_index > 0
+        if not resumed:
+            self._begin_stats()
+        for callback in self.callbacks:
+            callback.on_start(self)
+        self.cycle.start()
+        if self._random is not None:  # after everything else that may draw
+            restore_random_state(self._random)
+            self._random = self._batches_state = None
+        while not self.cycle.done and not self._stopped:
+            self._step()
+        return self._end()
+
+    def _begin_stats(self) -> None:
+        import resu_compile
+
+        self._writer.begin()
+        self._writer.write(
+            "start",
+            0,
+            config=self.config.describe(),
+            versions={"torch": torch.__version__, "resu_compile": resu_compile.__version__},
+        )
+
+    def _step(self) -> None:
+        cycle, config = self.cycle, self.config
+        span, done = cycle.span, cycle.step_index + 1
+        loss = self._optimize(done)
+        if done % config.log_every == 0 or done == span.stop:
+            self._watch.check()  # before a pruning, which would name the weight, not the step
+            self._log(loss, span, done)
+        for callback in self.callbacks:
+            callback.on_step(self, loss)
+        due = config.evaluate_every is not None and done % config.evaluate_every == 0
+        last = done == config.steps
+        if due and not last:
+            self._evaluate(span, done)  # the model as it was trained, before it is pruned again
+        cycle.step()
+        if last:
+            self._evaluate(span, done)  # the model as it is shipped
+        checkpoint = config.checkpoint
+        if checkpoint is not None and (done % checkpoint.every == 0 or last or self._stopped):
+            self.save()
+
+    def _optimize(self, step: int) -> Tensor:
+        """One optimizer step; the mean loss of its batches, shape ()."""
+        assert self._batches is not None
+        config, scaler = self.config, self._scaler
+        total: Tensor | None = None
+        for _ in range(config.accumulate):
+            batch = self._batches.next()
+            with self._autocast():
+                loss = self.loss_fn(self.model, batch)
+            self._watch.see(loss, step)
+            share = loss / config.accumulate if config.accumulate > 1 else loss
+            scaler.scale(share).backward()
+            total = share.detach() if total is None else total + share.detach()
+        if config.clip_norm is not None:
+            scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        scaler.step(self.optimizer)
+        scaler.update()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        assert total is not None
+        return total
+
+    def _autocast(self) -> torch.autocast:
+        dtype = torch.float16 if self.config.autocast == "float16" else torch.bfloat16
+        enabled = self.config.autocast is not None
+        return torch.autocast(self._device.type, dtype, enabled=enabled)
+
+    def _log(self, loss: Tensor, span: Span, step: int) -> None:
+        controller = self.cycle.controller
+        self._writer.write(
+            "step",
+            step,
+            cycle=span.cycle,
+            stage=str(span.stage),
+            phase="dense" if controller is None else str(controller.phase),
+            loss=loss.item(),
+            lr=float(self.optimizer.param_groups[0]["lr"]),
+            sparsity=0.0 if controller is None else controller.sparsity,
+        )
+
+    def _evaluate(self, span: Span, step: int) -> None:
+        if self.evaluate is None:
+            return
+        self.model.eval()
+        try:
+            with torch.no_grad(), self._autocast():
+                found = self.evaluate(self.model)
+        finally:
+            self.model.train()
+        metrics = {name: float(value) for name, value in found.items()}
+        self._writer.write(
+            "evaluation", step, cycle=span.cycle, stage=str(span.stage), metrics=metrics
+        )
+        for callback in self.callbacks:
+            callback.on_evaluate(self, metrics)
+        rule = self.config.early_stop
+        if self._patience is None or rule is None:
+            return
+        if rule.recovery_only and span.stage is not Stage.RECOVER:
+            return
+        if self._patience.see(metrics) and step < self.config.steps:
+            self._stopped = True
+
+    def _on_event(self, event: CycleEvent) -> None:
+        """Hear of what the cycle did between two steps."""
+        if event.pause is not None:
+            self._writer.write(
+                "pause",
+                event.step,
+                cycle=event.cycle,
+                reason=event.pause.reason,
+                suggested_steps=event.pause.suggested_steps,
+            )
+            for callback in self.callbacks:
+                callback.on_pause(self, event.pause)
+            self.model.train()
+            return
+        controller, report = self.cycle.controller, event.report
+        assert controller is not None
+        assert report is not None
+        self._writer.write(
+            event.kind,
+            event.step,
+            cycle=event.cycle,
+            report=report.as_dict(),
+            sparsity=controller.sparsity,
+            layers=layer_sparsities(controller),
+            mask=mask_picture(controller),
+        )
+        for callback in self.callbacks:
+            if event.kind == "prune":
+                callback.on_prune(self, report)
+            else:
+                callback.on_commit(self, report)
+
+    def _end(self) -> TrainingResult:
+        cycle = self.cycle
+        if self._stopped:
+            rule = self.config.early_stop
+            assert rule is not None
+            reason = f"{rule.metric} has not improved in {rule.patience} evaluations"
+            self._writer.write("stop", cycle.step_index, reason=reason)
+            for callback in self.callbacks:
+                callback.on_stop(self, reason)
+        controller = cycle.controller
+        sparsity = 0.0 if controller is None else controller.sparsity
+        cycle.finish()
+        best = None if self._patience is None else self._patience.best
+        self._writer.write("end", cycle.step_index, sparsity=sparsity, best=best)
+        result = TrainingResult(
+            tuple(cycle.history), tuple(self.stats), best, self._stopped, cycle.step_index
+        )
+        for callback in self.callbacks:
+            callback.on_end(self, result)
+        return result
+
+    # -- state ---------------------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """All that a bit-exact continuation needs beside the states of model and optimizer.
+
+        Plain data and tensors. Take it between two steps.
+        """
+        controller = self.cycle.controller
+        batches = self._batches.state_dict() if self._batches is not None else None
+        patience = self._patience
+        return {
+            "version": STATE_VERSION,
+            "step": self.cycle.step_index,
+            "epoch": batches["epoch"] if batches else 0,
+            "batches_in_epoch": batches["batches_in_epoch"] if batches else 0,
+            "batches": batches,
+            "cycle": self.cycle.state_dict(),
+            "controller": None if controller is None else controller.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "rng": random_state(),
+            "early_stop": None if patience is None else [patience.best, patience.waited],
+            "stopped": self._stopped,
+            "stats_lines": len(self.stats),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` gave; ``fit`` then goes on from there.
+
+        The order is: build model, optimizer and trainer; load the model's state; this; load the
+        optimizer's state. ``load`` does it all.
+
+        Raises:
+            ArgumentError: no such state, another version, or the state of another plan.
+        """
+        if not isinstance(state, Mapping) or "cycle" not in state or "version" not in state:
+            raise ArgumentError("state: expected what Trainer.state_dict() returns")
+        if state["version"] != STATE_VERSION:
+            raise ArgumentError(
+                f"state: expected version {STATE_VERSION}, got {state['version']!r}; load it with "
+                "the release that wrote it"
+            )
+        if (state["scheduler"] is None) != (self.scheduler is None):
+            raise ArgumentError(
+                "scheduler: expected one exactly if the saved run had one, "
+                f"which {'had none' if state['scheduler'] is None else 'had one'}"
+            )
+        self.cycle.load_state_dict(state["cycle"])
+        controller = self.cycle.controller
+        if controller is not None:
+            if state["controller"] is None:
+                controller.release()
+            else:
+                controller.load_state_dict(state["controller"])
+        if self._scaler.is_enabled() and state["scaler"]:
+            self._scaler.load_state_dict(state["scaler"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(dict(state["scheduler"]))
+        if self._patience is not None and state["early_stop"] is not None:
+            self._patience.best, self._patience.waited = state["early_stop"]
+        self._stopped = state["stopped"]
+        self._batches_state = state["batches"]
+        self._random = state["rng"]
+        self._writer.resume(state["stats_lines"])
+
+    def save(self) -> Path:
+        """Write a checkpoint of everything to ``config.checkpoint.folder``.
+
+        Returns:
+            Where it is.
+
+        Raises:
+            ArgumentError: the config has no ``checkpoint``, or safetensors is not installed.
+        """
+        from resu_compile.training.checkpoint import save_checkpoint
+
+        self._watch.check()
+        where = self._checkpoint()
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "trainer": self.state_dict(),
+        }
+        return save_checkpoint(where.folder, state, step=self.cycle.step_index, keep=where.keep)
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over a whole checkpoint: the states of model, trainer and optimizer.
+
+        Args:
+            state: what ``load_checkpoint`` gave, with keys ``model``, ``trainer``, ``optimizer``.
+        """
+        self.model.load_state_dict(state["model"])
+        self.load_state_dict(state["trainer"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _load_newest(self) -> None:
+        from resu_compile.training.checkpoint import latest_checkpoint, load_checkpoint
+
+        folder = self._checkpoint().folder
+        if latest_checkpoint(folder) is not None:
+            self.load(load_checkpoint(folder))
+
+    def _checkpoint(self) -> Any:
+        if self.config.checkpoint is None:
+            raise ArgumentError(
+                "checkpoint: expected config.checkpoint=CheckpointConfig(folder) in a run that is "
+                "saved or resumed, got None"
+            )
+        return self.config.checkpoint
