@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -23,10 +23,10 @@ from resu_compile.errors import (
 )
 from resu_compile.methods import Method
 from resu_compile.training.densify import Densification, Pause
-from resu_compile.training.plan import build_plan
+from resu_compile.training.plan import build_plan, cycle_sparsities
 from resu_compile.training.schedules import Schedule, check_schedule
+from resu_compile.training.serialization import from_plain, read_data, to_plain, write_data
 
-T = TypeVar("T")
 Names = str | tuple[str, ...] | Callable[[str, Tensor], bool]
 
 
@@ -125,7 +125,7 @@ class TrainingConfig:
         distribution: how sparsity is spread over the layers.
         min_density: least density of a layer.
         overrides: name or glob -> sparsity of those weights at the highest sparsity of the run;
-            at a lower one, in proportion.
+            at a lower one, in proportion. None with a sparsity that falls.
         targets: what is pruned.
         exclude: what is left dense.
         resurrection: how theta is trained and committed; its ``budget`` gives way to the next two.
@@ -199,6 +199,7 @@ class TrainingConfig:
         else:
             schedule = check_schedule(schedule, cycles=self.cycles, final=self.sparsity)
         object.__setattr__(self, "schedule", schedule)
+        self._check_overrides()
         if self.clip_norm is not None:
             check_number(self.clip_norm, name="clip_norm", minimum=0.0)
         if self.autocast is not None:
@@ -215,6 +216,14 @@ class TrainingConfig:
             object.__setattr__(self, "stats", str(self.stats))
         _check_flag(self.compile, "compile")
         build_plan(self)
+
+    def _check_overrides(self) -> None:
+        path = (self.initial_sparsity, *cycle_sparsities(self))
+        if self.overrides and any(after < before for before, after in pairwise(path)):
+            raise ArgumentError(
+                f"overrides: expected none with a sparsity that falls, got {dict(self.overrides)}; "
+                "exclude= leaves a weight dense"
+            )
 
     def sparsity_config(self) -> SparsityConfig:
         """What ``sparsify`` goes by at the final sparsity."""
@@ -238,12 +247,12 @@ class TrainingConfig:
             ArgumentError: a field holds a function or an object (a schedule, a score, a method, a
                 predicate); those are no data.
         """
-        found: dict[str, Any] = _plain(self, "")
+        found: dict[str, Any] = to_plain(self, _DATA)
         return found
 
     def describe(self) -> dict[str, Any]:
         """``to_dict``, with the name of each function or class in its place; for records."""
-        found: dict[str, Any] = _plain(self, "", strict=False)
+        found: dict[str, Any] = to_plain(self, _DATA, strict=False)
         return found
 
     @classmethod
@@ -264,7 +273,7 @@ class TrainingConfig:
         check_known_keys(values, {f.name for f in fields(cls)} | {"preset"}, what="setting")
         for key, part in _PARTS.items():
             if isinstance(values.get(key), Mapping):
-                values[key] = _build(part, values[key], key)
+                values[key] = from_plain(part, values[key], key)
         if base is None:
             return cls(**values)
         from resu_compile.training.presets import preset
@@ -277,12 +286,7 @@ class TrainingConfig:
         Raises:
             ArgumentError: another suffix, or a field that is no data.
         """
-        kind, data = _format(path), self.to_dict()
-        if kind == "json":
-            text = json.dumps(data, indent=2) + "\n"
-        else:
-            text = _yaml().safe_dump(data, sort_keys=False)
-        Path(path).write_text(text, encoding="utf-8")
+        write_data(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> TrainingConfig:
@@ -291,12 +295,7 @@ class TrainingConfig:
         Raises:
             ArgumentError: another suffix, a file that is no such text, or an unknown setting.
         """
-        kind, text = _format(path), Path(path).read_text(encoding="utf-8")
-        try:
-            data = json.loads(text) if kind == "json" else _load_yaml(text)
-        except ValueError as error:
-            raise ArgumentError(f"{path}: expected {kind.upper()}, got: {error}") from error
-        return cls.from_dict({} if data is None else data)
+        return cls.from_dict(read_data(path))
 
 
 _PARTS: dict[str, type[Any]] = {
@@ -325,80 +324,3 @@ def _check_type(value: object, kind: type[Any], name: str) -> None:
 def _check_flag(value: object, name: str) -> None:
     if not isinstance(value, bool):
         raise ArgumentTypeError(f"{name}: expected a bool, got {value!r}")
-
-
-def _build(kind: type[T], data: object, where: str) -> T:
-    """An object of the dataclass ``kind`` from plain data."""
-    if not isinstance(data, Mapping):
-        raise ArgumentTypeError(f"{where}: expected a mapping of settings, got {data!r}")
-    values = dict(data)
-    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
-    check_known_keys(values, known, what=f"setting of {where}")
-    for name, entry in known.items():
-        if entry.default is MISSING and entry.default_factory is MISSING and name not in values:
-            raise ArgumentError(f"{where}.{name}: expected a value, got none")
-    if kind is Densification and isinstance(values.get("pauses"), (list, tuple)):
-        values["pauses"] = tuple(
-            pause if isinstance(pause, Pause) else _build(Pause, pause, f"{where}.pauses")
-            for pause in values["pauses"]
-        )
-    return kind(**values)
-
-
-def _plain(value: Any, where: str, strict: bool = True) -> Any:
-    """``value`` as JSON data: dataclasses and mappings become dicts, tuples become lists."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, _DATA):
-        prefix = f"{where}." if where else ""
-        return {
-            f.name: _plain(getattr(value, f.name), prefix + f.name, strict) for f in fields(value)
-        }
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}[{key!r}]", strict) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, where, strict) for item in value]
-    if not strict:
-        return str(getattr(value, "__qualname__", type(value).__qualname__))
-    raise ArgumentError(
-        f"{where}: expected plain data (a name, numbers) in a config that is saved, got {value!r}; "
-        "pass functions and objects in Python, to the config that was loaded"
-    )
-
-
-def _format(path: str | Path) -> str:
-    kind = {".yaml": "yaml", ".yml": "yaml", ".json": "json"}.get(Path(path).suffix.lower())
-    if kind is None:
-        raise ArgumentError(f"path: expected a name ending in .yaml, .yml or .json, got {path!s}")
-    return kind
-
-
-def _yaml() -> Any:
-    try:
-        import yaml
-    except ImportError:
-        raise ArgumentError(
-            "path: expected PyYAML to be installed for a YAML file, it is not; "
-            "pip install resu-compile[train], or use .json"
-        ) from None
-    return yaml
-
-
-def _load_yaml(text: str) -> Any:
-    """Safe YAML in which ``1e-4`` is a number, as in YAML 1.2; PyYAML reads a string."""
-    import re
-
-    yaml = _yaml()
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]
-        """A loader of its own: a resolver that is added stays added."""
-
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
-        list("-+.0123456789"),
-    )
-    try:
-        return yaml.load(text, Loader=Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error

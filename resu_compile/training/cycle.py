@@ -107,6 +107,8 @@ class Cycle:
             part in it; they belong to ``Trainer``.
         on_event: called with each ``CycleEvent``, after it happened.
         on_pause: called as ``on_pause(model, cycle)`` at the pauses of a densification.
+        calibration: inputs that some methods and scores measure, as ``Controller.prune`` takes
+            them; used at each pruning, and at commits with ``score="wanda"``.
 
     Attributes:
         model: the model.
@@ -125,6 +127,7 @@ class Cycle:
         *,
         on_event: Callable[[CycleEvent], None] | None = None,
         on_pause: Callable[[nn.Module, int], object] | None = None,
+        calibration: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ArgumentTypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -141,6 +144,7 @@ class Cycle:
         self.history: list[CycleStats] = []
         self._on_event = on_event
         self._on_pause = on_pause
+        self._calibration = calibration
         self._position = 0
         self._started = False
         self._pruned: dict[str, Any] | None = None
@@ -242,7 +246,7 @@ class Cycle:
             return self.model
         if controller.phase is Phase.RESU:
             self._leave(self.span)
-        if self.config.densify is not None and self.done and self.config.sparsity == 0.0:
+        if self.config.densify is not None and controller.sparsity == self.config.sparsity == 0.0:
             return controller.release()
         return self.model
 
@@ -252,7 +256,9 @@ class Cycle:
         if span.sparsity == 0.0:
             controller.set_phase("dense")
             return
-        if controller.phase is Phase.DENSE or controller.config.sparsity != span.sparsity:
+        merged = controller.sparsity == 0.0  # a commit that kept all theta
+        same = controller.config.sparsity == span.sparsity and not merged
+        if controller.phase is Phase.DENSE or not same:
             self._prune(controller, span)
         if span.stage is Stage.RESU:
             config = replace(self.config.resurrection, budget=self.budgets[span.cycle])
@@ -261,8 +267,10 @@ class Cycle:
     def _prune(self, controller: Controller, span: Span) -> None:
         config = self.config
         highest = max(config.initial_sparsity, *self.sparsities)
+        given = {} if self._calibration is None else {"calibration": self._calibration}
         report = controller.prune(
             span.sparsity,
+            **given,
             method=config.method,
             scope=config.scope,
             distribution=config.distribution,
@@ -285,6 +293,8 @@ class Cycle:
             options: dict[str, Any] = {"sparsity": target} if target < span.sparsity else {}
             if callable(self.config.resurrection.score):  # a resumed phase has lost it
                 options["score"] = self.config.resurrection.score
+            if self.config.resurrection.score == "wanda":
+                options["calibration"] = self._calibration
             report = controller.commit(**options)
             committed = report.as_dict()
             self._tell(CycleEvent("commit", self.step_index, span.cycle, report))

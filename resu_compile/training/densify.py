@@ -7,6 +7,7 @@ controller is released and the model is a plain dense one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ from resu_compile.errors import (
     check_integer,
     check_share,
 )
+from resu_compile.training.serialization import from_plain
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Densification:
             ``levels``.
         levels: sparsities from high to low, spread evenly over the cycles; the last is the final
             sparsity.
-        pauses: after which cycles training halts.
+        pauses: after which cycles training halts; mappings of their fields do as well.
 
     Source: RESU's densification (huy209vn/RESU, resu/training/config.py).
     """
@@ -80,7 +82,10 @@ class Densification:
             raise ArgumentError("start: expected a number in (0, 1), got 0")
         if not isinstance(self.pauses, (tuple, list)):
             raise ArgumentTypeError(f"pauses: expected Pause objects, got {self.pauses!r}")
-        pauses = tuple(self.pauses)
+        pauses = tuple(
+            from_plain(Pause, pause, "pauses") if isinstance(pause, Mapping) else pause
+            for pause in self.pauses
+        )
         for pause in pauses:
             if not isinstance(pause, Pause):
                 raise ArgumentTypeError(f"pauses: expected Pause objects, got {pause!r}")

@@ -34,7 +34,10 @@ def _published(cycles: int = 5, steps: int = 1000, **changes: Any) -> dict[str, 
 
 
 def _frozen(rule: Any) -> ResurrectionConfig:
-    return ResurrectionConfig(lr=1e-4, rule=rule, init="normal", eps=0.1, freeze_active=True)
+    """Theta from noise with plain gradients beside frozen active weights."""
+    return ResurrectionConfig(
+        lr=1e-4, rule=rule, step="raw", init="normal", eps=0.1, freeze_active=True
+    )
 
 
 def _default() -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,13 @@ class StatsWriter:
         if self.path is None:
             self.records = self.records[:lines]
             return
-        kept = self.path.read_text(encoding="utf-8").split("\n")[:lines] if self._exists() else []
-        self.begin()
-        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self.records = [json.loads(line) for line in kept if line]
+        if not self._exists():
+            self.begin()
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]  # a kill may have left half a line
+        kept = whole.splitlines(keepends=True)[:lines]
+        os.truncate(self.path, sum(map(len, kept)))  # in one step: a kill loses no line
+        self.records = [json.loads(line) for line in kept]
 
     def _exists(self) -> bool:
         return self.path is not None and self.path.exists()

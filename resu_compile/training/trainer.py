@@ -18,9 +18,10 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from resu_compile.errors import ArgumentError, ArgumentTypeError
 from resu_compile.training.batches import Batches, BatchStream
 from resu_compile.training.callbacks import Callback, ProgressBar
-from resu_compile.training.config import EarlyStop, TrainingConfig
+from resu_compile.training.config import TrainingConfig
 from resu_compile.training.cycle import Cycle, CycleEvent, CycleStats
 from resu_compile.training.losses import LossWatch
+from resu_compile.training.patience import Patience
 from resu_compile.training.plan import Span, Stage
 from resu_compile.training.random_state import random_state, restore_random_state
 from resu_compile.training.stats import Record, StatsWriter, layer_sparsities, mask_picture
@@ -49,32 +50,6 @@ class TrainingResult:
     steps: int
 
 
-class Patience:
-    """Says when a metric has not improved for long enough."""
-
-    def __init__(self, rule: EarlyStop) -> None:
-        self.rule = rule
-        self.best: float | None = None
-        self.waited = 0
-
-    def see(self, metrics: Mapping[str, float]) -> bool:
-        """Take note of an evaluation; True if the run is to stop."""
-        if self.rule.metric not in metrics:
-            raise ArgumentError(
-                f"early_stop: expected evaluate() to return {self.rule.metric!r}, "
-                f"got {', '.join(sorted(metrics)) or 'nothing'}"
-            )
-        value = float(metrics[self.rule.metric])
-        gain = 0.0
-        if self.best is not None:
-            gain = self.best - value if self.rule.mode == "min" else value - self.best
-        if self.best is None or gain > self.rule.min_delta:
-            self.best, self.waited = value, 0
-        else:
-            self.waited += 1
-        return self.waited >= self.rule.patience
-
-
 class Trainer:
     """Trains ``model`` by the plan of ``config``.
 
@@ -87,6 +62,7 @@ class Trainer:
         evaluate: ``(model) -> {metric: number}``, called in eval mode without gradients.
         scheduler: stepped after each optimizer step.
         on_pause: ``(model, cycle)``, called at the pauses of a densification.
+        calibration: inputs that some pruning methods measure, as in ``Cycle``.
         progress: show a progress bar.
 
     Attributes:
@@ -108,6 +84,7 @@ class Trainer:
         evaluate: Evaluate | None = None,
         scheduler: LRScheduler | None = None,
         on_pause: Callable[[nn.Module, int], object] | None = None,
+        calibration: Any = None,
         progress: bool = False,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -130,7 +107,9 @@ class Trainer:
         self.callbacks = [*callbacks, *([ProgressBar()] if progress else [])]
         self.evaluate = evaluate
         self.scheduler = scheduler
-        self.cycle = Cycle(model, config, on_event=self._on_event, on_pause=on_pause)
+        self.cycle = Cycle(
+            model, config, on_event=self._on_event, on_pause=on_pause, calibration=calibration
+        )
         self._writer = StatsWriter(config.stats)
         self._patience = Patience(config.early_stop) if config.early_stop else None
         self._stopped = False
