@@ -23,6 +23,8 @@ from resu_compile.methods import Method, get_method
 Names = str | tuple[str, ...]
 Predicate = Callable[[str, Tensor], bool]
 
+RULES = ("auto", "optimizer", "sgd", "momentum", "adam", "selective", "subset")
+SCORES = ("magnitude", "gradient", "wanda")
 DEFAULT_EXCLUDE: tuple[str, ...] = ("*lm_head*",)
 
 
@@ -149,49 +151,91 @@ class ResurrectionConfig:
     Attributes:
         lr: step size of theta; None follows the learning rate of the optimizer's own parameter
             group at each step.
-        rule: ``"adam"`` and ``"sgd"`` give theta a step of its own; ``"optimizer"`` leaves theta
-            to the user's optimizer, which then keeps theta's state in its own. ``"auto"`` is
-            ``"optimizer"``, which costs no time and no memory, unless ``lr`` is given or the active
-            weights are frozen: then ``"adam"``.
+        rule: ``"sgd"``, ``"momentum"``, ``"adam"``, ``"selective"`` and ``"subset"`` give theta a
+            step of its own (formulas in ``runtime/rules.py``); ``"optimizer"`` leaves theta to the
+            user's optimizer. ``"auto"`` is ``"optimizer"``, which costs no time and no memory,
+            unless ``lr`` is given, the active weights are frozen or the storage is compact: then
+            ``"adam"``.
+        storage: ``"inplace"`` keeps theta in the pruned places of the weight and what the rule
+            remembers in the pruned places of the optimizer's own state, where it has such;
+            ``"compact"`` keeps both as vectors of one number a pruned place, theta in at least
+            float32, so that dropping them leaves no trace. The numbers are the same.
         init: ``"zero"``, ``"normal"`` N(0, (eps sigma_A)^2) or ``"uniform"`` on
             [-eps sigma_A, eps sigma_A]; sigma_A is the standard deviation of the active weights.
         eps: scale of ``init``, relative to sigma_A.
         freeze_active: True keeps the active weights bit-exactly where they are (no gradient,
             momentum or weight decay); False trains both.
-        betas: decay rates of the Adam rule, in [0, 1).
+        freeze: ``"active"`` is ``freeze_active=True``; ``"all"`` keeps every parameter of the model
+            where it is but theta, biases and embeddings too; None follows ``freeze_active``.
+        step: what ``"selective"`` and ``"subset"`` multiply the learning rate by: ``"adam"`` an
+            adaptive step, ``"raw"`` the gradient, as published; the raw one hardly moves theta at
+            the learning rates of adaptive optimizers.
+        betas: decay rates of the means, in [0, 1); ``"selective"`` uses the first for both.
         adam_eps: term added to the denominator of the Adam rule.
-        momentum: momentum of the SGD rule, in [0, 1).
+        momentum: of the momentum rule, in [0, 1).
+        weight_decay: decoupled decay of theta, per unit of learning rate.
+        screen: ``"selective"``: share of the pruned places with the largest |g| that are looked at.
+        select: ``"selective"``: largest share of the pruned places that moves in a step.
+        tau: ``"selective"``: least consistency |m| / (v + delta) of what moves, in [0, 1).
+        delta: ``"selective"``: term added to the denominator of the consistency.
+        alpha: ``"subset"``: share of the pruned places that moves.
+        subset_by: ``"subset"``: ``"random"`` draws it, ``"gradient"`` takes the largest |g|.
+        refresh: ``"subset"``: steps after which it is chosen again; 0 keeps it all phase long.
         budget: share of the kept places that the tournament reserves for the resurrected.
-        score: ``"magnitude"`` |W|, or a callable (name, weight) -> score tensor.
+        score: ``"magnitude"`` |W|; ``"gradient"`` |W| |g|, g the gradient of the last step;
+            ``"wanda"`` |W| times the norm of its input, which ``commit(calibration=...)`` measures;
+            or a callable (name, weight) -> score tensor.
         strategy: ``"amnesty"``, ``"merge"`` or ``"reprune"``.
+        kind: of ``"amnesty"``: ``"quota"`` gives the resurrected all places of the budget, whatever
+            they score, as published; ``"ceiling"`` at most these, and each only to one whose score
+            is over (1 + ``margin``) times that of the active one it displaces.
+        margin: of ``"ceiling"``, >= 0; 0 asks for a higher score and nothing more.
 
     The defaults start theta from zero and train it along with the active weights: freezing them
     costs training time, and noise at the start is what would then be resurrected.
     """
 
     lr: float | None = None
-    rule: Literal["auto", "adam", "sgd", "optimizer"] = "auto"
+    rule: Literal["auto", "optimizer", "sgd", "momentum", "adam", "selective", "subset"] = "auto"
+    storage: Literal["inplace", "compact"] = "inplace"
     init: Literal["zero", "normal", "uniform"] = "zero"
     eps: float = 0.1
     freeze_active: bool = False
+    freeze: Literal["active", "all"] | None = None
+    step: Literal["raw", "adam"] = "adam"
     betas: tuple[float, float] = (0.9, 0.95)
     adam_eps: float = 1e-8
-    momentum: float = 0.0
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    screen: float = 0.5
+    select: float = 0.2
+    tau: float = 0.5
+    delta: float = 1e-8
+    alpha: float = 0.2
+    subset_by: Literal["random", "gradient"] = "random"
+    refresh: int = 0
     budget: float = 0.02
     score: str | Callable[[str, Tensor], Tensor] = "magnitude"
     strategy: Literal["amnesty", "merge", "reprune"] = "amnesty"
+    kind: Literal["quota", "ceiling"] = "quota"
+    margin: float = 0.0
 
     def __post_init__(self) -> None:
         """Check every field; the messages name the argument."""
-        check_choice(self.rule, ("auto", "adam", "sgd", "optimizer"), name="rule")
+        check_choice(self.rule, RULES, name="rule")
+        check_choice(self.storage, ("inplace", "compact"), name="storage")
         check_choice(self.init, ("zero", "normal", "uniform"), name="init")
+        check_choice(self.step, ("raw", "adam"), name="step")
+        check_choice(self.subset_by, ("random", "gradient"), name="subset_by")
         if self.lr is not None:
             check_number(self.lr, name="lr", minimum=0.0, expected="None or a number >= 0")
-            if self.rule == "optimizer":
-                raise ArgumentError(
-                    f"lr: expected None with rule='optimizer' (the optimizer has its own), "
-                    f"got {self.lr!r}"
-                )
+        for name in ("weight_decay", "delta"):
+            check_number(getattr(self, name), name=name, minimum=0.0)
+        for name in ("screen", "select", "alpha"):
+            check_number(getattr(self, name), name=name, minimum=0.0, maximum=1.0)
+        check_share(self.tau, name="tau")
+        if isinstance(self.refresh, bool) or not isinstance(self.refresh, int) or self.refresh < 0:
+            raise ArgumentError(f"refresh: expected a number of steps >= 0, got {self.refresh!r}")
         check_number(self.eps, name="eps", minimum=0.0)
         check_number(self.adam_eps, name="adam_eps", minimum=0.0)
         check_share(self.momentum, name="momentum")
@@ -200,20 +244,49 @@ class ResurrectionConfig:
         for beta in self.betas:
             check_share(beta, name="betas")
         object.__setattr__(self, "betas", tuple(self.betas))
+        self._settle_freeze()
+        self._settle_rule()
+        check_commit(self.budget, self.score, self.strategy, self.kind, self.margin)
+        if self.score == "gradient" and self.freeze_active:
+            raise ArgumentError(
+                "score: expected another one than 'gradient' with frozen active weights, which get "
+                "no gradient to be scored by; set freeze_active=False or score='magnitude'"
+            )
+
+    def _settle_freeze(self) -> None:
         if not isinstance(self.freeze_active, bool):
             raise ArgumentTypeError(f"freeze_active: expected a bool, got {self.freeze_active!r}")
+        if self.freeze is None:
+            return
+        check_choice(self.freeze, ("active", "all"), name="freeze")
+        object.__setattr__(self, "freeze_active", True)
+
+    def _settle_rule(self) -> None:
         if self.rule == "auto":
-            own_step = self.lr is not None or self.freeze_active
+            own_step = self.lr is not None or self.freeze_active or self.storage == "compact"
             object.__setattr__(self, "rule", "adam" if own_step else "optimizer")
-        check_commit(self.budget, self.score, self.strategy)
+        if self.rule == "optimizer" and self.lr is not None:
+            raise ArgumentError(
+                f"lr: expected None with rule='optimizer' (the optimizer has its own), "
+                f"got {self.lr!r}"
+            )
+        if self.rule == "optimizer" and self.storage == "compact":
+            raise ArgumentError(
+                "storage: expected 'inplace' with rule='optimizer', which trains the weight "
+                "itself, got 'compact'; choose another rule, 'adam' say"
+            )
 
 
-def check_commit(budget: object, score: object, strategy: object) -> None:
-    """Check the three arguments of a commit."""
+def check_commit(
+    budget: object, score: object, strategy: object, kind: object = "quota", margin: object = 0.0
+) -> None:
+    """Check the arguments of a commit."""
     check_number(budget, name="budget", minimum=0.0, maximum=1.0)
     check_choice(strategy, ("amnesty", "merge", "reprune"), name="strategy")
+    check_choice(kind, ("quota", "ceiling"), name="kind")
+    check_number(margin, name="margin", minimum=0.0, expected="a number >= 0")
     if not callable(score):
-        check_choice(score, ("magnitude",), name="score")
+        check_choice(score, SCORES, name="score")
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[SparsityConfig, CompileConfig]:

@@ -11,13 +11,14 @@ optimizer (Muon mixes rows and columns) has weight and state zeroed again after 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch import nn, optim
+from torch import Tensor, nn, optim
 from torch.optim.optimizer import (
     Optimizer,
     _global_optimizer_post_hooks,
@@ -27,8 +28,12 @@ from torch.optim.optimizer import (
 )
 
 from resu_compile.phase import Phase, Routing
+from resu_compile.runtime.masked_optimizer import MaskedOptimizer
 from resu_compile.runtime.optimizer_state import zero_state
 from resu_compile.state import MaskedWeight, masked_weight_of, registry_epoch
+
+if TYPE_CHECKING:
+    from resu_compile.runtime.controller import Controller
 
 # Exact types only: a subclass may override step(). Adamax is not among them: its exp_inf holds eps
 # where the gradient is 0.
@@ -59,6 +64,7 @@ class _View:
     state: Mapping[Any, Any]  # load_state_dict() puts another one in its place
     synced: MutableMapping[MaskedWeight, int] = field(default_factory=WeakKeyDictionary)
     steps: int = 0
+    frozen: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
 
     def is_synced(self, weight: MaskedWeight) -> bool:
         """True if the state is 0 wherever the present mask of ``weight`` is."""
@@ -66,6 +72,7 @@ class _View:
 
 
 _views: WeakKeyDictionary[Optimizer, _View] = WeakKeyDictionary()
+_controllers: WeakSet[Controller] = WeakSet()
 _installed = False
 
 
@@ -78,6 +85,11 @@ def install() -> None:
         register_optimizer_step_pre_hook(untraced(_before_step))
         register_optimizer_step_post_hook(untraced(_after_step))
         _installed = True
+
+
+def watch(controller: Controller) -> None:
+    """Look after the parameters of ``controller``'s model that have no mask but may be frozen."""
+    _controllers.add(controller)
 
 
 def optimizers_of(weight: MaskedWeight) -> list[Optimizer]:
@@ -94,6 +106,33 @@ def mark_synced(optimizer: Optimizer, weight: MaskedWeight) -> None:
     view = _views[optimizer]
     view.state = optimizer.state
     view.synced[weight] = weight.mask_version
+
+
+@contextmanager
+def state_follows(weight: MaskedWeight, survivors: Tensor) -> Iterator[None]:
+    """Around a change of ``weight``'s mask: its state becomes 0 wherever it does not survive.
+
+    Args:
+        weight: whose mask changes inside the block.
+        survivors: packed mask of the places whose state stays as it is.
+    """
+    parameter, optimizers = weight.parameter, optimizers_of(weight)
+    for optimizer in optimizers:
+        if isinstance(optimizer, MaskedOptimizer):
+            optimizer.unpack_state(parameter, weight.bits)
+    yield
+    for optimizer in optimizers:
+        zero_state(optimizer, parameter, survivors, keep=True)
+        if isinstance(optimizer, MaskedOptimizer) and optimizer.packs_state:
+            optimizer.pack_state(parameter, weight.bits, weight.nnz)
+        mark_synced(optimizer, weight)
+
+
+def let_go(weight: MaskedWeight) -> None:
+    """Give the state of ``weight`` the shape that a plain optimizer expects."""
+    for optimizer in optimizers_of(weight):
+        if isinstance(optimizer, MaskedOptimizer):
+            optimizer.unpack_state(weight.parameter, weight.bits)
 
 
 def _view_of(optimizer: Optimizer) -> _View:
@@ -120,7 +159,7 @@ def _before_step(
     optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     view = _view_of(optimizer)
-    if not view.entries:
+    if not view.entries and not any(controller.freezes_all for controller in _controllers):
         return None
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if not callable(closure):
@@ -143,6 +182,7 @@ def _prepare(optimizer: Optimizer, view: _View) -> None:
     if view.steps % LOOK_EVERY == 0:
         _look_for_hidden_writes(view)
     view.steps += 1
+    _freeze_others(optimizer, view)
     for group, parameter, weight in view.entries:
         controller = weight.controller
         weight.follow(parameter)
@@ -157,7 +197,33 @@ def _prepare(optimizer: Optimizer, view: _View) -> None:
             if weight not in view.synced and not controller.resurrection.resumed:
                 zero_state(optimizer, parameter, weight.bits, keep=True)  # from before sparsify
                 view.synced[weight] = weight.mask_version
+            controller.resurrection.observe(optimizer, weight, parameter)
+            if _steps_it_itself(optimizer, group, parameter, weight):
+                continue
             controller.resurrection.before_step(optimizer, group, weight, parameter)
+
+
+def _freeze_others(optimizer: Optimizer, view: _View) -> None:
+    """Hide the gradients of what has no mask from ``optimizer``, where only theta may move."""
+    models = [controller.model for controller in _controllers if controller.freezes_all]
+    if not models:
+        return
+    held = {id(parameter) for model in models for parameter in model.parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if (
+                id(parameter) in held
+                and parameter.grad is not None
+                and masked_weight_of(parameter) is None
+            ):
+                view.frozen.append((parameter, parameter.grad))
+                parameter.grad = None
+
+
+def _steps_it_itself(
+    optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter, weight: MaskedWeight
+) -> bool:
+    return isinstance(optimizer, MaskedOptimizer) and optimizer.takes_over(group, parameter, weight)
 
 
 def _look_for_hidden_writes(view: _View) -> None:
@@ -184,12 +250,16 @@ def _look_for_hidden_writes(view: _View) -> None:
 
 def _after_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
     view = _views.get(optimizer)
-    if view is not None and view.entries:
+    if view is not None and (view.entries or view.frozen):
         _finish(optimizer, view, final=True)
 
 
 def _finish(optimizer: Optimizer, view: _View, *, final: bool) -> None:
-    elementwise = type(optimizer) in ELEMENTWISE and not _has_other_hooks(optimizer)
+    known = type(optimizer) in ELEMENTWISE or isinstance(optimizer, MaskedOptimizer)
+    while view.frozen:
+        parameter, grad = view.frozen.pop()
+        parameter.grad = grad
+    elementwise = known and not _has_other_hooks(optimizer)
     for _, parameter, weight in view.entries:
         weight.step_count += 1
         controller = weight.controller

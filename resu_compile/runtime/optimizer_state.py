@@ -33,3 +33,8 @@ def zero_state(
     with torch.no_grad():
         for _, value in same_shaped_state(optimizer, parameter):
             zero_where_(value, bits.to(value.device), keep)
+
+
+def is_packed(value: Tensor, parameter: Tensor) -> bool:
+    """Whether ``value`` is a vector of the active places instead of a tensor like ``parameter``."""
+    return value.dim() == 1 and value.shape != parameter.shape

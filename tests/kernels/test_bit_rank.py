@@ -86,7 +86,8 @@ def test_scatter_is_by_index_and_touches_nothing_else(scatter, keep, dtype, shap
     expected = x.flatten().clone()
     expected[where] = values
     assert_close(target.flatten(), expected, **EXACT)
-    assert bool((room[:8] == 7).all()) and bool((room[-8:] == 7).all())
+    assert bool((room[:8] == 7).all())
+    assert bool((room[-8:] == 7).all())
 
 
 @settings(deadline=None, max_examples=40)

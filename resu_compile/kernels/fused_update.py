@@ -1,0 +1,413 @@
+"""One pass over a masked weight: the optimizer's step at the active places, theta's at the pruned.
+
+    active   adam   w <- (1 - lr wd) w - lr (m / c1) / (sqrt(v / c2) + eps)
+             sgd    d = g + l2 w;  b <- mu b + (1 - damping) d;  w <- w - lr b
+                    (nesterov: w <- w - lr (d + mu b); without momentum: w <- w - lr d)
+    pruned   adam, momentum, sgd as in runtime/rules.py, on all pruned places or a chosen subset
+    either   none   value and state stay as they are, bit for bit
+
+A side that does not move is neither read nor written. The state of both sides lies in the same
+tensors. ``packed_adam`` is the same Adam step with moments for the active places only, as vectors
+in the order of the bit rank (kernels/bit_rank.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from resu_compile.kernels._triton import HAS_TRITON, cdiv, jit, tl
+from resu_compile.kernels.bit_rank import BLOCK as RANK_BLOCK
+from resu_compile.kernels.mask_bits import unpack_mask
+
+BLOCK = 1024  # elements a program: at 4 warps and 4 bytes, two 128-bit accesses per thread
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one side of the mask does in one step.
+
+    Attributes:
+        kind: ``"adam"``, ``"sgd"`` or ``"none"``.
+        lr: learning rate.
+        weight_decay: decoupled, times ``lr``, for ``"adam"`` and theta; added to the gradient for
+            ``"sgd"`` at the active places.
+        beta1: decay of the first mean; of ``"sgd"`` the momentum, 0 for none.
+        beta2: decay of the second mean; of ``"sgd"`` 1 - the dampening, 1 at a buffer's first step.
+        eps: term added to Adam's denominator.
+        correction1: 1 - beta1^t of Adam.
+        correction2: 1 - beta2^t of Adam.
+        nesterov: of ``"sgd"``.
+    """
+
+    kind: Literal["none", "adam", "sgd"]
+    lr: float = 0.0
+    weight_decay: float = 0.0
+    beta1: float = 0.0
+    beta2: float = 1.0
+    eps: float = 0.0
+    correction1: float = 1.0
+    correction2: float = 1.0
+    nesterov: bool = False
+
+
+STAY = Step("none")
+
+
+# -- reference -------------------------------------------------------------------------------
+def step_reference(
+    weight: Tensor,
+    grad: Tensor,
+    first: Tensor | None,
+    second: Tensor | None,
+    step: Step,
+    *,
+    coupled: bool,
+) -> None:
+    """One side's step on tensors of any one shape, in place.
+
+    Args:
+        weight: moved.
+        grad: of the dtype of the state.
+        first: first mean or momentum; None without.
+        second: second mean; None without.
+        step: what to do.
+        coupled: whether the weight decay of ``"sgd"`` joins the gradient.
+    """
+    if step.kind == "adam":
+        assert first is not None
+        assert second is not None
+        first.lerp_(grad.to(first.dtype), 1.0 - step.beta1)
+        second.mul_(step.beta2).addcmul_(grad, grad, value=1.0 - step.beta2)
+        root = (second / step.correction2).sqrt_().add_(step.eps)
+        weight.mul_(1.0 - step.lr * step.weight_decay)
+        weight.addcdiv_(first, root, value=-step.lr / step.correction1)
+    elif step.kind == "sgd":
+        if coupled and step.weight_decay:
+            grad = grad.add(weight, alpha=step.weight_decay)
+        elif step.weight_decay:
+            weight.mul_(1.0 - step.lr * step.weight_decay)
+        if first is not None and step.beta1 != 0.0:
+            first.mul_(step.beta1).add_(grad, alpha=step.beta2)
+            grad = grad.add(first, alpha=step.beta1) if step.nesterov else first
+        weight.add_(grad, alpha=-step.lr)
+
+
+def fused_update_reference(
+    weight: Tensor,
+    grad: Tensor,
+    first: Tensor | None,
+    second: Tensor | None,
+    bits: Tensor,
+    active: Step,
+    theta: Step,
+    chosen: Tensor | None = None,
+) -> None:
+    """Plain meaning of ``fused_update``: each side taken out, stepped and put back."""
+    mask = unpack_mask(bits, weight.shape)
+    tensors = [weight, *(state for state in (first, second) if state is not None)]
+    for step, side in ((active, mask), (theta, ~mask)):
+        if step.kind == "none":
+            continue
+        parts = [tensor[side] for tensor in tensors]
+        before = parts[0].clone()
+        states = iter(parts[1:])
+        step_reference(
+            parts[0],
+            grad[side],
+            next(states) if first is not None else None,
+            next(states) if second is not None else None,
+            step,
+            coupled=side is mask,
+        )
+        if chosen is not None and side is not mask:
+            moves = unpack_mask(chosen, weight.shape)[side]
+            parts[0] = torch.where(moves, parts[0], before)
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor[side] = part
+
+
+# -- Triton ----------------------------------------------------------------------------------
+@jit
+def _bit(bits_ptr, offs, inside):
+    byte = tl.load(bits_ptr + (offs >> 3), mask=inside, other=0).to(tl.int32)
+    return ((byte >> (offs & 7).to(tl.int32)) & 1) == 1
+
+
+@jit
+def _adam(w, g, m, v, lr, decay, beta1, beta2, eps, c1, c2):
+    m = m + (1.0 - beta1) * (g - m)
+    v = beta2 * v + (1.0 - beta2) * g * g
+    w = w * (1.0 - lr * decay) - (lr / c1) * m / (tl.sqrt(v / c2) + eps)
+    return w, m, v
+
+
+@jit
+def _sgd(w, g, m, lr, beta1, beta2, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr):
+    if MOMENTUM:
+        m = beta1 * m + beta2 * g
+        g = g + beta1 * m if NESTEROV else m
+    return w - lr * g, m
+
+
+@jit
+def _fused_update_kernel(
+    w_ptr,
+    g_ptr,
+    m_ptr,
+    v_ptr,
+    bits_ptr,
+    chosen_ptr,
+    numel,
+    grad_factor,
+    a_lr,
+    a_decay,
+    a_beta1,
+    a_beta2,
+    a_eps,
+    a_c1,
+    a_c2,
+    t_lr,
+    t_decay,
+    t_beta1,
+    t_beta2,
+    t_eps,
+    t_c1,
+    t_c2,
+    ACTIVE: tl.constexpr,
+    THETA: tl.constexpr,
+    A_MOMENTUM: tl.constexpr,
+    T_MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    CHOSEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # int64: stacked expert weights pass 2**31 elements
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < numel
+    active = _bit(bits_ptr, offs, inside) & inside
+    pruned = inside & ~active
+    side_a = active if ACTIVE != 0 else inside & False
+    side_t = pruned if THETA != 0 else inside & False
+    moves = side_a | side_t
+    w = tl.load(w_ptr + offs, mask=moves, other=0).to(tl.float32)
+    g = tl.load(g_ptr + offs, mask=moves, other=0).to(tl.float32) * grad_factor
+    A_FIRST: tl.constexpr = ACTIVE == 1 or A_MOMENTUM
+    T_FIRST: tl.constexpr = THETA == 1 or T_MOMENTUM
+    firsts = inside & False
+    if A_FIRST:
+        firsts = firsts | side_a
+    if T_FIRST:
+        firsts = firsts | side_t
+    seconds = inside & False
+    if ACTIVE == 1:
+        seconds = seconds | side_a
+    if THETA == 1:
+        seconds = seconds | side_t
+    m = tl.zeros((BLOCK,), tl.float32)
+    v = tl.zeros((BLOCK,), tl.float32)
+    if A_FIRST or T_FIRST:
+        m = tl.load(m_ptr + offs, mask=firsts, other=0).to(tl.float32)
+    if ACTIVE == 1 or THETA == 1:
+        v = tl.load(v_ptr + offs, mask=seconds, other=0).to(tl.float32)
+
+    new_w = w
+    new_m = m
+    new_v = v
+    if ACTIVE == 1:
+        new_w, new_m, new_v = _adam(w, g, m, v, a_lr, a_decay, a_beta1, a_beta2, a_eps, a_c1, a_c2)
+    if ACTIVE == 2:
+        new_w, new_m = _sgd(w, g + a_decay * w, m, a_lr, a_beta1, a_beta2, A_MOMENTUM, NESTEROV)
+    if THETA != 0:
+        t_w = w
+        t_m = m
+        t_v = v
+        if THETA == 1:
+            t_w, t_m, t_v = _adam(w, g, m, v, t_lr, t_decay, t_beta1, t_beta2, t_eps, t_c1, t_c2)
+        else:
+            kept = w * (1.0 - t_lr * t_decay)
+            t_w, t_m = _sgd(kept, g, m, t_lr, t_beta1, t_beta2, T_MOMENTUM, False)
+        if CHOSEN:
+            t_w = tl.where(_bit(chosen_ptr, offs, inside), t_w, w)
+        new_w = tl.where(active, new_w, t_w)
+        new_m = tl.where(active, new_m, t_m)
+        new_v = tl.where(active, new_v, t_v)
+
+    tl.store(w_ptr + offs, new_w.to(w_ptr.dtype.element_ty), mask=moves)
+    if A_FIRST or T_FIRST:
+        tl.store(m_ptr + offs, new_m.to(m_ptr.dtype.element_ty), mask=firsts)
+    if ACTIVE == 1 or THETA == 1:
+        tl.store(v_ptr + offs, new_v.to(v_ptr.dtype.element_ty), mask=seconds)
+
+
+_KINDS = {"none": 0, "adam": 1, "sgd": 2}
+
+
+def fused_update_triton(
+    weight: Tensor,
+    grad: Tensor,
+    first: Tensor | None,
+    second: Tensor | None,
+    bits: Tensor,
+    active: Step,
+    theta: Step,
+    chosen: Tensor | None = None,
+    grad_factor: float = 1.0,
+) -> None:
+    """Launch the kernel on contiguous tensors of one shape."""
+    _fused_update_kernel[(cdiv(weight.numel(), BLOCK),)](
+        weight,
+        grad,
+        weight if first is None else first,
+        weight if second is None else second,
+        bits,
+        bits if chosen is None else chosen,
+        weight.numel(),
+        grad_factor,
+        *_scalars(active),
+        *_scalars(theta),
+        ACTIVE=_KINDS[active.kind],
+        THETA=_KINDS[theta.kind],
+        A_MOMENTUM=active.kind == "sgd" and active.beta1 != 0.0,
+        T_MOMENTUM=theta.kind == "sgd" and theta.beta1 != 0.0,
+        NESTEROV=active.nesterov,
+        CHOSEN=chosen is not None,
+        BLOCK=BLOCK,
+    )
+
+
+def _scalars(step: Step) -> tuple[float, ...]:
+    return (
+        step.lr,
+        step.weight_decay,
+        step.beta1,
+        step.beta2,
+        step.eps,
+        step.correction1,
+        step.correction2,
+    )
+
+
+@jit
+def _packed_adam_kernel(
+    w_ptr,
+    g_ptr,
+    m_ptr,
+    v_ptr,
+    bits_ptr,
+    ranks_ptr,
+    numel,
+    grad_factor,
+    lr,
+    decay,
+    beta1,
+    beta2,
+    eps,
+    c1,
+    c2,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    offs = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < numel
+    active = _bit(bits_ptr, offs, inside) & inside
+    place = tl.load(ranks_ptr + pid) + tl.cumsum(active.to(tl.int32), 0) - 1
+    w = tl.load(w_ptr + offs, mask=active, other=0).to(tl.float32)
+    g = tl.load(g_ptr + offs, mask=active, other=0).to(tl.float32) * grad_factor
+    m = tl.load(m_ptr + place, mask=active, other=0).to(tl.float32)
+    v = tl.load(v_ptr + place, mask=active, other=0).to(tl.float32)
+    w, m, v = _adam(w, g, m, v, lr, decay, beta1, beta2, eps, c1, c2)
+    tl.store(w_ptr + offs, w.to(w_ptr.dtype.element_ty), mask=active)
+    tl.store(m_ptr + place, m.to(m_ptr.dtype.element_ty), mask=active)
+    tl.store(v_ptr + place, v.to(v_ptr.dtype.element_ty), mask=active)
+
+
+# -- what the optimizers call ------------------------------------------------------------------
+def fused_update(
+    weight: Tensor,
+    grad: Tensor,
+    first: Tensor | None,
+    second: Tensor | None,
+    bits: Tensor,
+    active: Step,
+    theta: Step,
+    chosen: Tensor | None = None,
+    grad_factor: float = 1.0,
+) -> None:
+    """Step both sides of a masked weight in place.
+
+    Args:
+        weight: floating point, any shape.
+        grad: gradient, shape of ``weight``.
+        first: first mean or momentum, shape of ``weight``; None if no side has one.
+        second: second mean, shape of ``weight``; None if no side has one.
+        bits: uint8, packed mask of ``weight.numel()`` elements.
+        active: what the active places do.
+        theta: what the pruned places do.
+        chosen: packed mask of the pruned places that move; None moves all.
+        grad_factor: multiplies the gradient (-1 to maximise, 1 / scale under a GradScaler).
+    """
+    if runs_fused(weight, grad, first, second):
+        fused_update_triton(weight, grad, first, second, bits, active, theta, chosen, grad_factor)
+        return
+    grad = grad.to(torch.promote_types(weight.dtype, torch.float32)) * grad_factor
+    fused_update_reference(weight, grad, first, second, bits, active, theta, chosen)
+
+
+def packed_adam(
+    weight: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    bits: Tensor,
+    ranks: Tensor,
+    step: Step,
+    grad_factor: float = 1.0,
+) -> None:
+    """Adam's step at the active places, with packed moments; the pruned places stay.
+
+    Args:
+        weight: floating point, any shape.
+        grad: gradient, shape of ``weight``.
+        first: first mean at the active places, shape ``[nnz]``.
+        second: second mean at the active places, shape ``[nnz]``.
+        bits: uint8, packed mask of ``weight.numel()`` elements.
+        ranks: ``block_ranks(bits, weight.numel(), True)``.
+        step: of kind ``"adam"``.
+        grad_factor: multiplies the gradient.
+    """
+    if runs_fused(weight, grad):
+        _packed_adam_kernel[(cdiv(weight.numel(), RANK_BLOCK),)](
+            weight,
+            grad,
+            first,
+            second,
+            bits,
+            ranks,
+            weight.numel(),
+            grad_factor,
+            *_scalars(step),
+            BLOCK=RANK_BLOCK,
+        )
+        return
+    mask = unpack_mask(bits, weight.shape)
+    part = weight[mask]
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    step_reference(part, grad[mask].to(wide) * grad_factor, first, second, step, coupled=False)
+    weight[mask] = part
+
+
+def runs_fused(weight: Tensor, *others: Tensor | None) -> bool:
+    """Whether the Triton kernels take these tensors: contiguous, on CUDA, of at most 32 bits."""
+    return (
+        weight.is_cuda
+        and HAS_TRITON
+        and weight.dtype != torch.float64
+        and all(
+            x is None or (x.is_contiguous() and x.device == weight.device)
+            for x in (weight, *others)
+        )
+    )
