@@ -2,9 +2,9 @@
 
     n_keep = int((1 - s) N);  ties fall to the lower index
 
-The k-th largest score is found by selection, not by sorting index lists; everything above it is
-kept, and of the scores equal to it as many as are still missing, in index order. The same scores
-therefore give the same mask on every device and in every run.
+The k-th largest score is found by selection (on CUDA by radix histograms), not by sorting index
+lists; everything above it is kept, and of the scores equal to it as many as are still missing, in
+index order. The same scores therefore give the same mask on every device and in every run.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from resu_compile.errors import ArgumentError
+from resu_compile.kernels.radix_select import topk_mask_reference
 
 
 def keep_count(numel: int, sparsity: float) -> int:
@@ -44,17 +45,11 @@ def topk_mask(score: Tensor, k: int, first: Tensor | None = None) -> Tensor:
         if k <= n_first:
             return topk_mask(only_at(score, first), k)
         return first | topk_mask(only_at(score, ~first), k - n_first)
-    if k == numel:
-        return torch.ones_like(score, dtype=torch.bool)
-    if k == 0:
-        return torch.zeros_like(score, dtype=torch.bool)
-    flat = _as_float(score).reshape(-1)
-    threshold = torch.kthvalue(flat, numel - k + 1).values
-    above = flat > threshold
-    ties = flat == threshold
-    missing = k - above.sum()  # stays on the device: no synchronisation
-    mask = above | (ties & (ties.cumsum(0) <= missing))
-    return mask.view(score.shape)
+    score = _as_float(score)
+    if score.is_cuda:
+        mask: Tensor = torch.ops.resu_compile.topk_mask.default(score, k)
+        return mask
+    return topk_mask_reference(score, k)
 
 
 def only_at(score: Tensor, places: Tensor) -> Tensor:

@@ -1,0 +1,105 @@
+"""CUDA C++ compiled at run time: NVRTC and the driver, through ``cuda.bindings``.
+
+A ``.cu`` file beside the kernels is compiled once for each device and set of definitions; launches
+go to PyTorch's current stream, so that they are captured in CUDA graphs once the module is loaded.
+PyTorch depends on ``cuda-bindings`` from 2.10 on; where it is missing, Triton runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resu_compile.errors import KernelUnavailableError
+
+logger = logging.getLogger(__name__)
+
+FOLDER = Path(__file__).parent
+OLDEST = (8, 0)  # compute capability: conversions to bfloat16
+
+
+class CudaModule:
+    """Kernels of one compiled source on one device."""
+
+    def __init__(self, binary: bytes, threads: int) -> None:
+        driver = importlib.import_module("cuda.bindings.driver")
+        self._driver = driver
+        self._module = _checked(driver.cuModuleLoadData(binary))
+        self._functions: dict[str, Any] = {}
+        self._threads = threads
+
+    def function(self, name: str) -> Any:
+        """Handle of an ``extern "C"`` kernel."""
+        found = self._functions.get(name)
+        if found is None:
+            found = _checked(self._driver.cuModuleGetFunction(self._module, name.encode()))
+            self._functions[name] = found
+        return found
+
+    def launch(self, name: str, grid: int, args: ctypes.Structure) -> None:
+        """Launch on the current stream; ``args`` is the kernel's only parameter, by value."""
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+        stream = self._driver.CUstream(torch.cuda.current_stream().cuda_stream)
+        size = (grid, 1, 1, self._threads, 1, 1)
+        launched = self._driver.cuLaunchKernel(
+            self.function(name), *size, 0, stream, ctypes.addressof(pointers), 0
+        )
+        _checked(launched)
+
+
+@functools.cache
+def load_module(
+    files: tuple[str, ...], defines: tuple[tuple[str, int], ...], threads: int, device: int
+) -> CudaModule | None:
+    """Compile ``files``, one after the other, for a device; None where that cannot be done.
+
+    Args:
+        files: names of ``.cu`` files in this folder; they include nothing.
+        defines: macros and their values.
+        threads: threads of a block.
+        device: index of the CUDA device; has to be the current one.
+    """
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST or torch.version.hip:
+        return None
+    try:
+        binary = _compile(files, defines, capability)
+    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: NVRTC is not installed
+        logger.warning("%s: not compiled, Triton runs instead: %s", ", ".join(files), error)
+        return None
+    return CudaModule(binary, threads)
+
+
+def _compile(
+    files: tuple[str, ...], defines: tuple[tuple[str, int], ...], capability: tuple[int, int]
+) -> bytes:
+    nvrtc = importlib.import_module("cuda.bindings.nvrtc")
+    text = "".join(f"#define {name} {value}\n" for name, value in defines)
+    text += "".join(f'#line 1 "{file}"\n{(FOLDER / file).read_text()}\n' for file in files)
+    program = _checked(nvrtc.nvrtcCreateProgram(text.encode(), files[-1].encode(), 0, [], []))
+    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}".encode(), b"--std=c++17"]
+    try:
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
+        if int(status):
+            log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
+            _checked(nvrtc.nvrtcGetProgramLog(program, log))
+            raise KernelUnavailableError(f"{files[-1]}: NVRTC gave {status}: {log.decode()}")
+        binary = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program))
+        _checked(nvrtc.nvrtcGetCUBIN(program, binary))
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    return binary
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    """The value of a call that returns ``(status, value...)``; raises unless the status is 0."""
+    status, *values = result
+    if int(status):
+        raise KernelUnavailableError(f"CUDA call: expected status 0, got {status}")
+    return values[0] if values else None
