@@ -39,6 +39,7 @@ class ParameterRow:
         bytes_packed: bytes of the active values and one bit a weight; the dense bytes without a
             mask or where packing would not be smaller.
         note: why it has no mask; empty if it has one.
+        ever_active: entries that were active in any mask so far; None without a mask.
     """
 
     name: str
@@ -50,11 +51,17 @@ class ParameterRow:
     bytes_dense: int
     bytes_packed: int
     note: str = ""
+    ever_active: int | None = None
 
     @property
     def sparsity(self) -> float:
         """Share of pruned entries."""
         return self.pruned / self.elements if self.elements else 0.0
+
+    @property
+    def ever_share(self) -> float | None:
+        """Rs, the share of the entries that were active in any mask so far; None without a mask."""
+        return _share(self.ever_active, self.elements)
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,18 @@ class Report:
         return sum(row.pruned for row in self.rows)
 
     @property
+    def ever_share(self) -> float | None:
+        """Rs over the masked parameters; None if there are none.
+
+        Source: Liu et al. 2021 (In-Time Over-Parameterization), https://arxiv.org/abs/2102.02887
+        """
+        masked = [row for row in self.rows if row.ever_active is not None]
+        if not masked:
+            return None
+        ever = sum(row.ever_active for row in masked if row.ever_active is not None)
+        return _share(ever, sum(row.elements for row in masked))
+
+    @property
     def bytes_dense(self) -> int:
         """Bytes of all parameters as plain tensors."""
         return sum(row.bytes_dense for row in self.rows)
@@ -93,11 +112,15 @@ class Report:
         """Plain data: rows and totals."""
         return {
             "phase": self.phase,
-            "parameters": [{**asdict(row), "sparsity": row.sparsity} for row in self.rows],
+            "parameters": [
+                {**asdict(row), "sparsity": row.sparsity, "ever_share": row.ever_share}
+                for row in self.rows
+            ],
             "total": {
                 "elements": self.elements,
                 "zeros": self.zeros,
                 "pruned": self.pruned,
+                "ever_share": self.ever_share,
                 "bytes_dense": self.bytes_dense,
                 "bytes_packed": self.bytes_packed,
             },
@@ -113,6 +136,7 @@ class Report:
                 row.elements,
                 row.zeros,
                 f"{row.sparsity:.2%}",
+                _percent(row.ever_share),
                 row.bytes_dense,
                 row.bytes_packed,
                 row.note,
@@ -128,13 +152,15 @@ class Report:
                 self.elements,
                 self.zeros,
                 f"{share:.2%}",
+                _percent(self.ever_share),
                 self.bytes_dense,
                 self.bytes_packed,
                 f"phase {self.phase}",
             ]
         )
-        head = ["parameter", "shape", "dtype", "entries", "zeros", "pruned", "bytes dense"]
-        return str(tabulate(body, headers=[*head, "bytes packed", "left dense because"]))
+        head = ["parameter", "shape", "dtype", "entries", "zeros", "pruned", "ever active"]
+        head += ["bytes dense", "bytes packed", "left dense because"]
+        return str(tabulate(body, headers=head))
 
     def __str__(self) -> str:
         return self.table()
@@ -175,9 +201,20 @@ def report(model: nn.Module) -> Report:
                 bytes_dense=dense,
                 bytes_packed=min(packed, dense),
                 note="" if mask else skipped.get(weight.name, unknown),
+                ever_active=controller.history.ever_active(mask) if controller and mask else None,
             )
         )
     return Report(tuple(rows), str(controller.phase) if controller else "none")
+
+
+def _share(part: int | None, whole: int) -> float | None:
+    if part is None:
+        return None
+    return part / whole if whole else 0.0
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.2%}"
 
 
 def _packed_bytes(parameter: Tensor, nnz: int) -> int:

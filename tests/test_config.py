@@ -87,8 +87,11 @@ def test_a_config_with_predicates_can_be_pickled_without_them():
         ("momentum", 1.0),
         ("budget", 1.1),
         ("budget", "all"),
-        ("score", "wanda"),
+        ("score", "taste"),
         ("strategy", "keep"),
+        ("kind", "merit"),
+        ("margin", -0.1),
+        ("margin", True),
     ],
 )
 def test_a_wrong_resurrection_argument_is_named(argument, value):

@@ -99,8 +99,31 @@ def test_report_shows_zeros_that_a_write_would_have_removed():
     assert row.zeros == row.pruned == 12
 
 
+def test_report_shows_what_was_ever_active():
+    model = resu.sparsify(Net(), 0.75, compile=False, targets="first.weight")
+    ctl = resu.controller(model)
+    report = resu.report(model)
+    assert report.ever_share == 0.25  # its first mask, and no other yet
+    old = ctl.masks["first.weight"]
+    ctl.resurrect(init="normal").__enter__()
+    ctl.commit(budget=0.5)
+    ever = int((old | ctl.masks["first.weight"]).sum())
+    assert ever == 16 + 8
+    report = resu.report(model)
+    rows = {row.name: row for row in report.rows}
+    assert rows["first.weight"].ever_active == ever
+    assert rows["unused.weight"].ever_active is rows["unused.weight"].ever_share is None
+    assert report.ever_share == report.as_dict()["total"]["ever_share"] == ever / 64
+    lines = report.table().splitlines()
+    assert "ever active" in lines[0]
+    (line,) = [line for line in lines if line.startswith("first.weight")]
+    assert "37.50%" in line
+    assert "37.50%" in lines[-1]
+
+
 def test_report_of_a_plain_model():
     report = resu.report(nn.Linear(8, 3))
+    assert report.ever_share is None
     assert report.phase == "none"
     assert {row.note for row in report.rows} == {"model is not sparsified"}
     assert report.bytes_packed == report.bytes_dense == 27 * 4

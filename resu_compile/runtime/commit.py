@@ -1,152 +1,173 @@
-"""Commit of a RESU phase: which places are active afterwards, and the report of it."""
+"""Commit of a RESU phase: which places are active afterwards.
+
+amnesty   a tournament inside each weight (runtime/tournament.py), with the weight's own count
+reprune   all places compete by the pruning method
+merge     all places stay
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from tabulate import tabulate
+import torch
 from torch import Tensor
 
-from resu_compile.sparsity import only_at, topk_mask
+from resu_compile.config import ResurrectionConfig, SparsityConfig
+from resu_compile.errors import ArgumentError
+from resu_compile.runtime.allocation import fixed_counts, new_masks
+from resu_compile.runtime.gradient_score import LastGradients
+from resu_compile.runtime.tournament import amnesty_mask, ceiling_mask
+
+if TYPE_CHECKING:
+    from resu_compile.runtime.controller import Controller
+
+Score = Callable[[str, Tensor], Tensor]
 
 
-def amnesty_mask(score: Tensor, mask: Tensor, n_keep: int, n_resurrected: int) -> Tensor:
-    """The tournament: active compete with active, resurrected with resurrected.
-
-    The best ``n_keep - n_resurrected`` of the active and the best ``n_resurrected`` of the pruned
-    places win. Places that one group cannot fill go to the other group's best.
+def commit_masks(
+    controller: Controller,
+    terms: ResurrectionConfig,
+    pruning: SparsityConfig | None,
+    calibration: Any = None,
+) -> dict[str, Tensor]:
+    """Masks after the commit, from the present values of the weights, theta included.
 
     Args:
-        score: floating point, any shape, free of NaN; higher wins, ties fall to the lower index.
-        mask: bool, shape of ``score``, True = active before the commit.
-        n_keep: places that are active afterwards, in [0, score.numel()].
-        n_resurrected: of these, the places reserved for the resurrected.
+        controller: the controller, in the RESU phase.
+        terms: strategy, kind, score, budget and margin are used.
+        pruning: decides each weight's count, and the masks of ``"reprune"``; None lets
+            ``"amnesty"`` keep each weight's count.
+        calibration: inputs that ``score="wanda"`` measures.
 
     Returns:
-        bool mask with exactly ``n_keep`` True entries.
+        parameter name -> bool mask, True = active.
 
-    Source: RESU, n_res = int(r n_keep); leftovers go first to the other group's best.
+    Raises:
+        ArgumentError: a score is missing, of another shape, or NaN or infinite.
     """
-    n_active = int(mask.sum())
-    n_pruned = mask.numel() - n_active
-    from_pruned = min(n_resurrected, n_pruned, n_keep)
-    from_active = min(n_keep - from_pruned, n_active)
-    from_pruned = n_keep - from_active  # leftovers of the active group
-    winners_active = topk_mask(only_at(score, mask), from_active)
-    winners_pruned = topk_mask(only_at(score, ~mask), from_pruned)
-    return winners_active | winners_pruned
+    weights = controller.weights
+    if terms.strategy == "merge":
+        return {name: torch.ones_like(weight.mask) for name, weight in weights.items()}
+    if terms.strategy == "reprune":
+        chosen = controller.config if pruning is None else pruning
+        return new_masks(controller.named_weights(), chosen, controller.generator)
+    counts = {name: weight.nnz for name, weight in weights.items()}
+    if pruning is not None:
+        counts = kept_counts(controller, pruning)
+    score = score_function(controller, terms.score, calibration)
+    masks = {}
+    for name, weight in weights.items():
+        merit = _merit(score, name, weight.parameter.detach(), terms)
+        merit = merit.to(weight.bits.device, torch.promote_types(merit.dtype, torch.float32))
+        n_resurrected = int(terms.budget * counts[name])
+        if terms.kind == "ceiling":
+            masks[name] = ceiling_mask(
+                merit, weight.mask, counts[name], n_resurrected, terms.margin
+            )
+        else:
+            masks[name] = amnesty_mask(merit, weight.mask, counts[name], n_resurrected)
+    return masks
 
 
-@dataclass(frozen=True)
-class WeightCommit:
-    """What a commit did to one weight, in numbers of entries."""
-
-    total: int
-    kept: int
-    resurrected: int
-    lost: int
-
-    @property
-    def active(self) -> int:
-        """Active entries after the commit."""
-        return self.kept + self.resurrected
-
-    @property
-    def churn(self) -> float:
-        """Share of the entries active afterwards that were not active before."""
-        return self.resurrected / self.active if self.active else 0.0
-
-    @property
-    def jaccard(self) -> float:
-        """Overlap of the old and the new active set: intersection over union."""
-        union = self.kept + self.resurrected + self.lost
-        return self.kept / union if union else 1.0
+def kept_counts(controller: Controller, pruning: SparsityConfig) -> dict[str, int]:
+    """How many entries of each weight pruning by ``pruning`` would keep now."""
+    named = controller.named_weights()
+    counts = fixed_counts(named, pruning)
+    if len(counts) < len(named):  # one threshold over all weights: their scores decide
+        masks = new_masks(named, pruning, controller.generator)
+        counts = {name: int(mask.sum()) for name, mask in masks.items()}
+    return counts
 
 
-@dataclass(frozen=True)
-class CommitReport:
-    """What a commit did, per weight and in total."""
-
-    strategy: str
-    weights: dict[str, WeightCommit] = field(default_factory=dict)
-
-    @property
-    def overall(self) -> WeightCommit:
-        """The sums over all weights."""
-        rows = self.weights.values()
-        return WeightCommit(
-            total=sum(row.total for row in rows),
-            kept=sum(row.kept for row in rows),
-            resurrected=sum(row.resurrected for row in rows),
-            lost=sum(row.lost for row in rows),
+def _merit(score: Score, name: str, value: Tensor, terms: ResurrectionConfig) -> Tensor:
+    with torch.no_grad():
+        merit = score(name, value)
+    if not isinstance(merit, Tensor) or merit.shape != value.shape:
+        raise ArgumentError(
+            f"score: expected a tensor of shape {tuple(value.shape)} for {name}, "
+            f"got {tuple(merit.shape) if isinstance(merit, Tensor) else merit!r}"
         )
-
-    @property
-    def total(self) -> int:
-        """Entries of all weights."""
-        return self.overall.total
-
-    @property
-    def kept(self) -> int:
-        """Entries active before and after."""
-        return self.overall.kept
-
-    @property
-    def resurrected(self) -> int:
-        """Entries that came back."""
-        return self.overall.resurrected
-
-    @property
-    def lost(self) -> int:
-        """Entries that were active before and are pruned now."""
-        return self.overall.lost
-
-    @property
-    def active(self) -> int:
-        """Entries active after the commit."""
-        return self.overall.active
-
-    def as_dict(self) -> dict[str, object]:
-        """Plain data: the strategy, one entry a weight and the total."""
-        rows = {**self.weights, "total": self.overall}
-        return {
-            "strategy": self.strategy,
-            "weights": {
-                name: {
-                    "total": row.total,
-                    "active": row.active,
-                    "kept": row.kept,
-                    "resurrected": row.resurrected,
-                    "lost": row.lost,
-                    "churn": row.churn,
-                    "jaccard": row.jaccard,
-                }
-                for name, row in rows.items()
-            },
-        }
-
-    def table(self) -> str:
-        """The report as a text table."""
-        rows = {**self.weights, "total": self.overall}
-        text: str = tabulate(
-            [
-                [name, row.total, row.active, row.kept, row.resurrected, row.lost, row.churn]
-                for name, row in rows.items()
-            ],
-            headers=["weight", "entries", "active", "kept", "resurrected", "lost", "churn"],
-            floatfmt=".4f",
+    if not bool(torch.isfinite(merit).all()):
+        raise ArgumentError(
+            f"score: expected finite scores for {name}, got NaN or infinity; "
+            "abandon() drops theta and keeps the masks"
         )
-        return text
+    if terms.kind == "ceiling" and terms.margin > 0.0 and bool((merit < 0).any()):
+        raise ArgumentError(
+            f"score: expected scores >= 0 for {name} with kind='ceiling', whose margin is a share "
+            f"of the score, got a least one of {float(merit.min()):g}; margin=0.0 takes any"
+        )
+    return merit
 
-    def __str__(self) -> str:
-        return self.table()
+
+# -- scores ------------------------------------------------------------------------------------
+def score_function(controller: Controller, score: str | Score, calibration: Any) -> Score:
+    """The function (name, weight) -> score that ``score`` names."""
+    if calibration is not None and score != "wanda":
+        raise ArgumentError(
+            "calibration: expected None unless score='wanda', which is the one that measures "
+            f"inputs, got score={score!r}"
+        )
+    return score if callable(score) else SCORES[score](controller, calibration)
 
 
-def compare_masks(old: Tensor, new: Tensor) -> WeightCommit:
-    """Counts of the change from ``old`` to ``new``; bool masks of one shape."""
-    return WeightCommit(
-        total=old.numel(),
-        kept=int((old & new).sum()),
-        resurrected=int((~old & new).sum()),
-        lost=int((old & ~new).sum()),
-    )
+def _magnitude(_controller: Controller, _calibration: Any) -> Score:
+    return lambda _name, value: value.abs()
+
+
+def _gradient(controller: Controller, _calibration: Any) -> Score:
+    """|W| |g|, to first order what the loss changes by if the weight goes.
+
+    Source: Molchanov et al. 2017, https://arxiv.org/abs/1611.06440
+    """
+    running = controller.resurrection
+    if running is not None and running.config.freeze_active:
+        raise ArgumentError(
+            "score: expected another one than 'gradient' after a resurrection with frozen active "
+            "weights, which got no gradient to be scored by; choose 'magnitude'"
+        )
+    remembered = (running and running.gradients) or LastGradients()
+
+    def score(name: str, value: Tensor) -> Tensor:
+        wide = torch.promote_types(value.dtype, torch.float32)
+        grad = remembered.magnitude(name, controller.weights[name].parameter)
+        return value.abs().to(wide) * grad.to(wide)
+
+    return score
+
+
+def _wanda(controller: Controller, calibration: Any) -> Score:
+    """|W_ij| ||X_j||_2.
+
+    Source: Sun et al. 2024, https://arxiv.org/abs/2306.11695
+    """
+    if calibration is None:
+        raise ArgumentError(
+            "calibration: expected inputs to measure for score='wanda', got None; call "
+            "commit(score='wanda', calibration=...) inside the block or in place of it"
+        )
+    from resu_compile.calibration import input_norms
+
+    norms = input_norms(controller.model, list(controller.weights), calibration)
+
+    def score(name: str, value: Tensor) -> Tensor:
+        rows = value.detach().abs().flatten(1)  # (out_features, in_features)
+        rows = rows.to(torch.promote_types(value.dtype, torch.float32))
+        norm = norms[name].to(rows)
+        if norm.shape != rows.shape[1:]:
+            raise ArgumentError(
+                f"calibration: expected {rows.shape[1]} norms of the inputs of {name}, "
+                f"got shape {tuple(norm.shape)}"
+            )
+        merit: Tensor = (rows * norm).view(value.shape)
+        return merit
+
+    return score
+
+
+SCORES: dict[str, Callable[[Controller, Any], Score]] = {
+    "magnitude": _magnitude,
+    "gradient": _gradient,
+    "wanda": _wanda,
+}

@@ -20,7 +20,6 @@ from resu_compile.config import (
     CompileConfig,
     ResurrectionConfig,
     SparsityConfig,
-    check_commit,
 )
 from resu_compile.errors import (
     ArgumentError,
@@ -29,13 +28,16 @@ from resu_compile.errors import (
     PhaseError,
     WeightError,
     check_known_keys,
+    check_sparsity,
 )
 from resu_compile.kernels.mask_bits import pack_mask
 from resu_compile.phase import Phase, Routing
 from resu_compile.runtime import controller_state, optimizer_hooks
 from resu_compile.runtime.allocation import new_generator, new_masks
-from resu_compile.runtime.commit import CommitReport, amnesty_mask, compare_masks
+from resu_compile.runtime.commit import commit_masks
+from resu_compile.runtime.commit_report import CommitReport, compare_masks
 from resu_compile.runtime.controller_state import PRUNE_ARGUMENTS
+from resu_compile.runtime.mask_history import MaskHistory
 from resu_compile.runtime.module_hooks import AfterForward, BeforeForward, ControllerSlot
 from resu_compile.runtime.optimizer_state import zero_state
 from resu_compile.runtime.resurrection import Resurrection
@@ -98,12 +100,14 @@ class Controller:
         self.skipped = dict(skipped)
         self.generator = generator or new_generator(config.seed)
         self.resurrection: Resurrection | None = None
+        self.history = MaskHistory()
         self.epoch = 0
         self.structure = 0
         self._phase = phase
         self._compiled_call: weakref.ref[Any] | None = None
         self._weights: dict[str, MaskedWeight] = {}
         optimizer_hooks.install()
+        optimizer_hooks.watch(self)
         try:
             for named, mask in masks:
                 self._weights[named.name] = MaskedWeight(named, mask, self)
@@ -159,6 +163,12 @@ class Controller:
             return Routing.ACTIVE
         assert self.resurrection is not None
         return self.resurrection.routing
+
+    @property
+    def freezes_all(self) -> bool:
+        """Whether only theta may move now."""
+        running = self.resurrection
+        return running is not None and running.config.freeze == "all" and self._model() is not None
 
     def refresh(self) -> None:
         """Catch up with what happened to the parameters outside of optimizer steps.
@@ -251,14 +261,15 @@ class Controller:
             changes["sparsity"] = sparsity
         config = replace(self.config, from_zeros=False, **changes)
         self.refresh()
-        named = self._named()
+        named = self.named_weights()
         check_overrides(config.overrides, named)
         active = self.masks if self._phase is Phase.SPARSE else None
         masks = new_masks(named, config, self.generator, active)
         self.config = config
         return self._apply(masks, "prune")
 
-    def _named(self) -> list[NamedWeight]:
+    def named_weights(self) -> list[NamedWeight]:
+        """The masked weights with their modules and parameters as they are now."""
         return [
             NamedWeight(name, weight.owner, weight.attribute, weight.parameter, weight.aliases)
             for name, weight in self._weights.items()
@@ -273,14 +284,13 @@ class Controller:
         rows = {}
         counts = {name: weight.nnz for name, weight in self._weights.items()}
         for name, weight in self._weights.items():
-            parameter = weight.parameter
             old, new = weight.mask, masks[name].to(weight.bits.device)
-            rows[name] = compare_masks(old, new)
             survivors = pack_mask(new if self._phase is Phase.DENSE else old & new)
-            weight.set_mask(new)
-            for optimizer in optimizer_hooks.optimizers_of(weight):
-                zero_state(optimizer, parameter, survivors, keep=True)
-                optimizer_hooks.mark_synced(optimizer, weight)
+            self.history.record(weight)
+            with optimizer_hooks.state_follows(weight, survivors):
+                weight.set_mask(new)
+            self.history.record(weight)
+            rows[name] = compare_masks(old, new, self.history.ever_active(weight))
         if any(self._weights[name].nnz != count for name, count in counts.items()):
             self.structure += 1
         self._phase = Phase.SPARSE
@@ -332,15 +342,29 @@ class Controller:
         budget: float | None = None,
         score: str | Callable[[str, Tensor], Tensor] | None = None,
         strategy: str | None = None,
+        *,
+        kind: str | None = None,
+        margin: float | None = None,
+        sparsity: float | None = None,
+        calibration: Any = None,
     ) -> CommitReport:
         """End the RESU phase: decide who is active from now on.
 
         Args:
-            budget: share of the kept places reserved for the resurrected, in [0, 1].
-            score: ``"magnitude"``, or a callable (name, weight) -> score tensor of its shape.
-            strategy: ``"amnesty"`` keeps every weight's count and lets active compete with active
-                and resurrected with resurrected; ``"reprune"`` lets all compete by the pruning
-                method; ``"merge"`` keeps all theta, so that density grows to 1.
+            budget: share of each weight's kept places for the resurrected, in [0, 1].
+            score: ``"magnitude"`` |W|, ``"gradient"`` |W| |g|, ``"wanda"`` |W| times the norm of
+                its input, or a callable (name, weight) -> score tensor of its shape.
+            strategy: ``"amnesty"`` is a tournament inside each weight, between active and
+                resurrected; ``"reprune"`` lets all compete by the pruning method; ``"merge"`` keeps
+                all theta, so that density grows to 1.
+            kind: of ``"amnesty"``: with ``"quota"`` the best of the resurrected take the whole
+                budget; with ``"ceiling"`` they take at most that, each from an active one that it
+                beats by ``margin``.
+            margin: of ``"ceiling"``: a score has to be over (1 + margin) times the other, >= 0.
+            sparsity: overall sparsity from now on, in [0, 1), spread over the weights as ``prune``
+                would; places that no active one holds go to the best of the pruned. None keeps
+                each weight's count.
+            calibration: of ``score="wanda"``: inputs to measure, as ``prune`` takes them.
 
         None takes what ``resurrect`` was given.
 
@@ -349,7 +373,7 @@ class Controller:
 
         Raises:
             PhaseError: no resurrection is running.
-            ArgumentError: an argument is out of range, or a score is NaN or infinite.
+            ArgumentError: an argument is out of range, or a score is missing, NaN or infinite.
             WeightError: a weight holds NaN or infinity.
 
         On an error the phase stays resu, with theta in place.
@@ -358,52 +382,34 @@ class Controller:
             raise PhaseError(
                 f"commit: expected phase resu, got {self._phase}; begin one with resurrect()"
             )
-        running, config = self.resurrection, self.resurrection.config
-        budget = config.budget if budget is None else budget
-        strategy = config.strategy if strategy is None else strategy
-        if score is None and running.score_lost and strategy == "amnesty":
+        running = self.resurrection
+        given: dict[str, Any] = {
+            "budget": budget,
+            "score": score,
+            "strategy": strategy,
+            "kind": kind,
+            "margin": margin,
+        }
+        terms = replace(running.config, **{k: v for k, v in given.items() if v is not None})
+        if score is None and running.score_lost and terms.strategy == "amnesty":
             raise ArgumentError(
                 "score: expected 'magnitude' or a function, because this resurrection was begun "
                 "with a function and then saved or copied, which only keeps data; got None"
             )
-        score = config.score if score is None else score
-        check_commit(budget, score, strategy)
+        pruning = None
+        if sparsity is not None:
+            if terms.strategy == "merge" and sparsity != 0.0:
+                raise ArgumentError(
+                    f"sparsity: expected None or 0.0 with strategy='merge', which keeps all places, got "
+                    f"{sparsity!r}; strategy='amnesty' takes a new sparsity"
+                )
+            pruning = replace(self.config, sparsity=check_sparsity(sparsity), from_zeros=False)
         self.refresh()
-        check_values(self._named())
-        if strategy == "merge":
-            masks = {name: torch.ones_like(weight.mask) for name, weight in self._weights.items()}
-        elif strategy == "reprune":
-            masks = new_masks(self._named(), self.config, self.generator)
-        else:
-            masks = self._tournament(float(budget), score)
-        running.report = self._apply(masks, strategy)
+        check_values(self.named_weights())
+        masks = commit_masks(self, terms, pruning, calibration)
+        running.report = self._apply(masks, terms.strategy)
+        self.config = pruning or self.config
         return running.report
-
-    def _tournament(
-        self, budget: float, score: str | Callable[[str, Tensor], Tensor]
-    ) -> dict[str, Tensor]:
-        masks = {}
-        for name, weight in self._weights.items():
-            value = weight.parameter.detach()
-            with torch.no_grad():
-                merit = score(name, value) if callable(score) else value.abs()
-            if not isinstance(merit, Tensor) or merit.shape != value.shape:
-                raise ArgumentError(
-                    f"score: expected a tensor of shape {tuple(value.shape)} for {name}, "
-                    f"got {tuple(merit.shape) if isinstance(merit, Tensor) else merit!r}"
-                )
-            if not bool(torch.isfinite(merit).all()):
-                raise ArgumentError(
-                    f"score: expected finite scores for {name}, got NaN or infinity; "
-                    "abandon() drops theta and keeps the masks"
-                )
-            masks[name] = amnesty_mask(
-                merit.to(weight.bits.device, torch.promote_types(merit.dtype, torch.float32)),
-                weight.mask,
-                weight.nnz,
-                int(budget * weight.nnz),
-            )
-        return masks
 
     def abandon(self) -> None:
         """End the RESU phase without a commit: theta is dropped and the zeros return.
@@ -500,6 +506,7 @@ class Controller:
         for weight in self._weights.values():
             with suppress(WeightError):
                 weight.refresh(self._phase is Phase.SPARSE)
+                optimizer_hooks.let_go(weight)
         compiled = self._compiled_call and self._compiled_call()
         if compiled is not None and model._compiled_call_impl is compiled:
             model._compiled_call_impl = None

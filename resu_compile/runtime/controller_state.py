@@ -13,8 +13,10 @@ from torch import Tensor
 from resu_compile.errors import ArgumentError
 from resu_compile.kernels.mask_bits import unpack_mask
 from resu_compile.phase import Phase
+from resu_compile.runtime.mask_history import MaskHistory
 from resu_compile.runtime.resurrection import Resurrection
 from resu_compile.selection import NamedWeight
+from resu_compile.state import MaskedWeight
 
 if TYPE_CHECKING:
     from resu_compile.runtime.controller import Controller
@@ -38,6 +40,7 @@ def state_of(controller: Controller) -> dict[str, Any]:
         "shapes": {name: list(weight.shape) for name, weight in weights.items()},
         "generator": controller.generator.get_state(),
         "resurrection": running.state_dict() if running else None,
+        "history": controller.history.state_dict(),
     }
 
 
@@ -60,6 +63,7 @@ def load_state(controller: Controller, state: Mapping[str, Any]) -> None:
     config = replace(controller.config, **state["config"])
     phase, saved = Phase(state["phase"]), state["resurrection"]
     resurrection = Resurrection.from_state_dict(saved) if saved else None
+    history = MaskHistory(state.get("history"))
     controller.generator.set_state(state["generator"].cpu())
     counts = {name: weight.nnz for name, weight in weights.items()}
     for name, weight in weights.items():
@@ -69,6 +73,7 @@ def load_state(controller: Controller, state: Mapping[str, Any]) -> None:
     controller.config = config
     controller._phase = phase
     controller.resurrection = resurrection
+    controller.history = history
     controller.epoch += 1
 
 
@@ -101,12 +106,19 @@ def _check_state(controller: Controller, state: Mapping[str, Any]) -> None:
             raise ArgumentError(
                 f"state: expected shape {tuple(weight.shape)} for {name}, got {shape}"
             )
-        expected = math.ceil(weight.numel / 8)
-        bits = state["masks"][name]
-        if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or len(bits) != expected:
-            raise ArgumentError(
-                f"state: expected {expected} bytes of mask for {name}, got {bits!r}"
-            )
+        _check_bits(state["masks"][name], weight, "mask")
+    for name, bits in (state.get("history") or {}).items():
+        if name not in weights:
+            raise ArgumentError(f"state: expected the history of masked weights, got {name}")
+        _check_bits(bits, weights[name], "history")
+
+
+def _check_bits(bits: object, weight: MaskedWeight, what: str) -> None:
+    expected = math.ceil(weight.numel / 8)
+    if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or len(bits) != expected:
+        raise ArgumentError(
+            f"state: expected {expected} bytes of {what} for {weight.name}, got {bits!r}"
+        )
 
 
 # -- copies of the model -----------------------------------------------------------------------

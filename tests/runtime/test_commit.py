@@ -1,119 +1,328 @@
+"""What a commit decides: counts, scores, what stays and what starts over."""
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn, optim
 
-from resu_compile.runtime.commit import (
-    CommitReport,
-    WeightCommit,
-    amnesty_mask,
-    compare_masks,
+import resu_compile as resu
+from resu_compile import Phase
+from resu_compile.errors import ArgumentError
+from resu_compile.runtime.optimizer_state import same_shaped_state
+from resu_compile.sparsity import keep_count
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Linear(12, 16)
+        self.conv = nn.Conv2d(1, 3, 3)
+        self.out = nn.Linear(3 * 4, 5)
+
+    def forward(self, x):
+        x = self.wide(x).tanh().view(-1, 1, 4, 4)
+        return self.out(self.conv(x).tanh().flatten(1))
+
+
+def sparse(sparsity=0.5, **arguments):
+    model = resu.sparsify(Net(), sparsity, compile=False, **arguments)
+    return model, resu.controller(model)
+
+
+def train(model, optimizer, steps=3, **zero):
+    for _ in range(steps):
+        model(torch.randn(6, 12)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(**zero)
+
+
+def values(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.dim() > 1}
+
+
+def begun(model, controller, steps=3, lr=0.05, **options):
+    """A resurrection with some theta, and what was before its commit."""
+    controller.resurrect(**options).__enter__()
+    optimizer = optim.Adam(model.parameters(), lr=lr)
+    train(model, optimizer, steps)
+    return optimizer, controller.masks, values(model)
+
+
+# -- quota and ceiling ---------------------------------------------------------------------------
+def test_a_quota_is_paid_and_a_ceiling_is_not():
+    model, controller = sparse()
+    with controller.resurrect(kind="quota", budget=0.5) as phase:
+        pass  # theta is 0: nobody has earned a place
+    assert phase.report.resurrected == sum(int(0.5 * n) for n in (96, 13, 30))
+    model, controller = sparse()
+    with controller.resurrect(kind="ceiling", budget=0.5) as phase:
+        pass
+    assert phase.report.resurrected == 0
+    assert phase.report.jaccard == 1.0
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.5])
+def test_a_ceiling_lets_the_better_through(margin):
+    model, controller = sparse()
+    _, masks, before = begun(model, controller, lr=0.3)
+    report = controller.commit(budget=1.0, kind="ceiling", margin=margin)
+    assert report.resurrected > 0
+    for name, new in controller.masks.items():
+        back, lost = new & ~masks[name], masks[name] & ~new
+        assert int(back.sum()) == int(lost.sum()) == report.weights[name].resurrected
+        if back.any():
+            assert before[name][back].abs().min() > (1 + margin) * before[name][lost].abs().max()
+
+
+def test_a_higher_margin_lets_fewer_through():
+    back = []
+    for margin in (0.0, 1.0, 1e6):
+        torch.manual_seed(1)
+        model, controller = sparse()
+        begun(model, controller, lr=0.3)
+        back.append(controller.commit(budget=1.0, kind="ceiling", margin=margin).resurrected)
+    assert back[0] > back[1] > back[2] == 0
+
+
+def test_a_margin_needs_scores_that_are_no_debt():
+    model, controller = sparse()
+    begun(model, controller)
+    with pytest.raises(ArgumentError, match="^score: expected scores >= 0 for wide.weight"):
+        controller.commit(kind="ceiling", margin=0.1, score=lambda _name, weight: weight)
+    assert controller.phase is Phase.RESU
+    controller.commit(kind="ceiling", margin=0.0, score=lambda _name, weight: weight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"kind": "merit"}, "kind"),
+        ({"margin": -0.1}, "margin"),
+        ({"margin": "big"}, "margin"),
+        ({"sparsity": 1.0}, "sparsity"),
+        ({"sparsity": 0.3, "strategy": "merge"}, "sparsity"),
+        ({"calibration": [1]}, "calibration"),
+        ({"score": "wanda"}, "calibration"),
+        ({"score": "taste"}, "score"),
+    ],
 )
-
-INF = float("inf")
-VALUES = st.sampled_from([0.0, 1.0, 1.0, 2.0, 3.0, -1.0, INF, -INF])
-
-
-@st.composite
-def tournaments(draw):
-    numel = draw(st.integers(1, 30))
-    score = draw(st.lists(VALUES, min_size=numel, max_size=numel))
-    mask = draw(st.lists(st.booleans(), min_size=numel, max_size=numel))
-    n_keep = draw(st.integers(0, numel))
-    n_resurrected = draw(st.integers(0, n_keep))
-    return score, mask, n_keep, n_resurrected
+def test_a_wrong_argument_leaves_the_phase(arguments, named):
+    model, controller = sparse()
+    _, masks, before = begun(model, controller)
+    with pytest.raises((ArgumentError, TypeError), match=f"^{named}: expected"):
+        controller.commit(**arguments)
+    assert controller.phase is Phase.RESU
+    assert controller.config.sparsity == 0.5
+    assert all(torch.equal(value, before[name]) for name, value in values(model).items())
+    assert all(torch.equal(mask, masks[name]) for name, mask in controller.masks.items())
 
 
-def by_sorting(score, mask, n_keep, n_resurrected):
-    """The tournament in plain Python."""
-
-    def best(group):
-        return sorted(group, key=lambda i: (-max(score[i], -3.5e38), i))
-
-    active = best([i for i in range(len(score)) if mask[i]])
-    pruned = best([i for i in range(len(score)) if not mask[i]])
-    from_pruned = min(n_resurrected, len(pruned))
-    from_active = min(n_keep - from_pruned, len(active))
-    winners = set(active[:from_active]) | set(pruned[: n_keep - from_active])
-    return [i in winners for i in range(len(score))]
-
-
-@given(tournaments())
-@settings(max_examples=300, deadline=None)
-def test_the_tournament_equals_its_plain_meaning(case):
-    score, mask, n_keep, n_resurrected = case
-    found = amnesty_mask(torch.tensor(score), torch.tensor(mask), n_keep, n_resurrected)
-    assert int(found.sum()) == n_keep
-    assert found.tolist() == by_sorting(score, mask, n_keep, n_resurrected)
-
-
-@given(st.integers(1, 400), st.floats(0, 0.999), st.floats(0, 1))
-@settings(max_examples=150, deadline=None)
-def test_counts_of_an_all_equal_weight(numel, sparsity, budget):
-    n_keep = int((1 - sparsity) * numel)
-    n_resurrected = int(budget * n_keep)
-    mask = torch.arange(numel) < n_keep
-    found = amnesty_mask(torch.ones(numel), mask, n_keep, n_resurrected)
-    change = compare_masks(mask, found)
-    from_pruned = min(n_resurrected, numel - n_keep)
-    assert (change.active, change.resurrected) == (n_keep, from_pruned)
-    assert found.tolist() == [
-        i < n_keep - from_pruned or n_keep <= i < n_keep + from_pruned for i in range(numel)
-    ]
+# -- a new sparsity ----------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["quota", "ceiling"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.5, 0.8, 0.999])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"distribution": "erk"},
+        {"scope": "global"},
+        {"overrides": {"conv.weight": 0.25}},
+        {"scope": "global", "overrides": {"out.weight": 0.9}},
+    ],
+    ids=["uniform", "erk", "global", "overrides", "global+overrides"],
+)
+def test_a_new_sparsity_gives_the_counts_that_pruning_would(arguments, sparsity, kind):
+    model, controller = sparse(0.5, **arguments)
+    begun(model, controller, lr=0.3)
+    state = controller.state_dict()
+    before = values(model)
+    controller.commit(budget=0.1, sparsity=sparsity, kind=kind)
+    counts = {name: weight.nnz for name, weight in controller.weights.items()}
+    assert controller.config.sparsity == sparsity
+    assert controller.phase is Phase.SPARSE
+    controller.load_state_dict(state)
+    with torch.no_grad():
+        for name, weight in controller.weights.items():
+            weight.parameter.copy_(before[name])
+    controller.commit(strategy="reprune", sparsity=sparsity)
+    assert counts == {name: weight.nnz for name, weight in controller.weights.items()}
+    assert counts == {name: int(mask.sum()) for name, mask in controller.masks.items()}
 
 
-def test_a_table_by_hand():
-    #                      active             pruned
-    score = torch.tensor([5.0, 1.0, 4.0, 2.0, 9.0, 0.5, 8.0, 0.1])
-    mask = torch.tensor([True] * 4 + [False] * 4)
-    assert amnesty_mask(score, mask, 4, 0).tolist() == mask.tolist()
-    # one place reserved: the weakest active leaves for the best of the pruned
-    assert amnesty_mask(score, mask, 4, 1).nonzero().flatten().tolist() == [0, 2, 3, 4]
-    assert amnesty_mask(score, mask, 4, 4).nonzero().flatten().tolist() == [4, 5, 6, 7]
-    # growing: the active cannot fill 6 - 1 places, the pruned take the rest
-    assert amnesty_mask(score, mask, 6, 1).nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 6]
+def test_with_more_places_nobody_has_to_leave():
+    model, controller = sparse(0.7)
+    _, masks, before = begun(model, controller, lr=0.3)
+    report = controller.commit(sparsity=0.4, budget=0.1)
+    assert report.lost == 0
+    for name, new in controller.masks.items():
+        back, still = new & ~masks[name], ~new
+        assert before[name][back].abs().min() >= before[name][still].abs().max()
 
 
-def test_a_weight_without_pruned_places_keeps_all():
-    mask = torch.ones(5, dtype=torch.bool)
-    assert amnesty_mask(torch.zeros(5), mask, 5, 3).all()
+def test_with_fewer_places_the_weakest_leave():
+    model, controller = sparse(0.4)
+    _, masks, before = begun(model, controller)
+    report = controller.commit(sparsity=0.8, budget=0.0)
+    assert report.resurrected == 0
+    for name, new in controller.masks.items():
+        lost = masks[name] & ~new
+        assert before[name][new].abs().min() >= before[name][lost].abs().max()
 
 
-# -- the report --------------------------------------------------------------------------------
-def test_counts_of_a_change():
-    old = torch.tensor([True, True, False, False])
-    new = torch.tensor([True, False, True, False])
-    row = compare_masks(old, new)
-    assert row == WeightCommit(total=4, kept=1, resurrected=1, lost=1)
-    assert row.active == 2
-    assert row.churn == 0.5
-    assert row.jaccard == pytest.approx(1 / 3)
+@given(
+    st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    st.floats(0, 0.99),
+    st.floats(0, 0.99),
+    st.floats(0, 1),
+    st.sampled_from(["quota", "ceiling"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_counts_are_exact(shape, sparsity, new_sparsity, budget, kind):
+    model = resu.sparsify(nn.Linear(*shape), sparsity, compile=False)
+    controller = resu.controller(model)
+    (weight,) = controller.weights.values()
+    mask = weight.mask
+    controller.set_phase("resu")
+    with torch.no_grad():
+        model.weight.copy_(torch.randn(weight.shape))
+    report = controller.commit(budget=budget, kind=kind, sparsity=new_sparsity)
+    n_keep = keep_count(weight.numel, new_sparsity)
+    assert weight.nnz == report.active == int(weight.mask.sum()) == n_keep
+    vacant = max(n_keep - int(mask.sum()), 0)
+    most = max(min(int(budget * n_keep), int((~mask).sum())), vacant)
+    assert vacant <= report.resurrected <= most
+    if kind == "quota":
+        assert report.resurrected == most
+    assert int((weight.mask & ~mask).sum()) == report.resurrected
 
 
-def test_an_empty_weight_has_no_churn():
-    row = WeightCommit(total=3, kept=0, resurrected=0, lost=0)
-    assert row.churn == 0.0
-    assert row.jaccard == 1.0
+def test_reprune_and_merge_take_a_sparsity():
+    model, controller = sparse(0.5)
+    begun(model, controller)
+    controller.commit(strategy="reprune", sparsity=0.25)
+    assert controller.sparsity == pytest.approx(0.25, abs=0.01)
+    assert controller.config.sparsity == 0.25
+    begun(model, controller)
+    controller.commit(strategy="merge", sparsity=0.0)
+    assert controller.sparsity == controller.config.sparsity == 0.0
 
 
-def test_totals_data_and_table():
-    report = CommitReport(
-        "amnesty", {"a": WeightCommit(10, 3, 1, 2), "b": WeightCommit(20, 5, 2, 2)}
-    )
-    assert (report.total, report.kept, report.resurrected, report.lost) == (30, 8, 3, 4)
-    assert report.active == 11
-    data = report.as_dict()
-    assert data["strategy"] == "amnesty"
-    assert data["weights"]["b"]["active"] == 7
-    assert data["weights"]["total"]["resurrected"] == 3
-    lines = str(report).splitlines()
-    assert lines[0].split() == [
-        "weight",
-        "entries",
-        "active",
-        "kept",
-        "resurrected",
-        "lost",
-        "churn",
-    ]
-    assert lines[-1].split()[:6] == ["total", "30", "11", "8", "3", "4"]
+# -- weights and optimizer state ---------------------------------------------------------------
+@pytest.mark.parametrize("rule", ["optimizer", "adam"])
+@pytest.mark.parametrize("freeze_active", [False, True])
+@pytest.mark.parametrize("kind", ["quota", "ceiling"])
+def test_state_starts_over_but_for_the_survivors(kind, freeze_active, rule):
+    model, controller = sparse()
+    optimizer = optim.AdamW(model.parameters(), lr=0.3)
+    train(model, optimizer)
+    masks = controller.masks
+    controller.resurrect(rule=rule, freeze_active=freeze_active).__enter__()
+    train(model, optimizer)
+    before = values(model)
+    state = {
+        (name, key): value.clone()
+        for name, weight in controller.weights.items()
+        for key, value in same_shaped_state(optimizer, weight.parameter)
+    }
+    report = controller.commit(budget=0.5, kind=kind)
+    assert report.resurrected > 0
+    for name, weight in controller.weights.items():
+        survivors = weight.mask & masks[name]
+        assert torch.equal(weight.parameter, before[name] * weight.mask)
+        found = dict(same_shaped_state(optimizer, weight.parameter))
+        assert set(found) == {"exp_avg", "exp_avg_sq"}
+        for key, value in found.items():
+            assert torch.equal(value, state[name, key] * survivors)
+            assert (value[survivors] != 0).any()
+
+
+# -- scores ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_the_gradient_score_remembers_what_zero_grad_drops(set_to_none):
+    model, controller = sparse()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    masks = controller.masks
+    controller.resurrect(score="gradient", budget=0.3).__enter__()
+    train(model, optimizer, set_to_none=set_to_none)
+    model(torch.randn(6, 12)).square().sum().backward()
+    grads = {name: weight.parameter.grad.clone() for name, weight in controller.weights.items()}
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=set_to_none)
+    before = values(model)
+    controller.commit()
+    for name, new in controller.masks.items():
+        merit = before[name].abs() * grads[name].abs()
+        for group in (masks[name], ~masks[name]):
+            inside, outside = merit[group & new], merit[group & ~new]
+            assert inside.min() >= outside.max()
+        n_keep = int(masks[name].sum())
+        assert int((new & ~masks[name]).sum()) == int(0.3 * n_keep)
+
+
+def test_the_gradient_score_takes_the_gradient_that_is_there():
+    model, controller = sparse()
+    controller.resurrect().__enter__()
+    model(torch.randn(6, 12)).square().sum().backward()
+    controller.commit(score="gradient")
+    assert controller.phase is Phase.SPARSE
+
+
+def test_without_a_gradient_the_gradient_score_says_what_to_do():
+    model, controller = sparse()
+    controller.resurrect(score="gradient").__enter__()
+    with pytest.raises(
+        ArgumentError, match=r"^score: expected a gradient of wide.weight .* take a step, or"
+    ):
+        controller.commit()
+    assert controller.phase is Phase.RESU
+    controller.commit(score="magnitude")
+    begun(model, controller)  # magnitude: nothing is remembered
+    with pytest.raises(ArgumentError, match="^score: expected a gradient of wide.weight"):
+        controller.commit(score="gradient")
+    assert controller.resurrection.gradients is None
+
+
+def test_frozen_weights_have_no_gradient_to_be_scored_by():
+    model, controller = sparse()
+    with pytest.raises(ArgumentError, match="^score: expected another one than 'gradient'"):
+        controller.resurrect(score="gradient", freeze_active=True)
+    begun(model, controller, freeze_active=True)
+    with pytest.raises(ArgumentError, match="^score: expected another one than 'gradient'"):
+        controller.commit(score="gradient")
+
+
+def test_remembered_gradients_are_saved_and_loaded():
+    model, controller = sparse()
+    begun(model, controller, score="gradient")
+    state, before = controller.state_dict(), values(model)
+    controller.commit(budget=0.4)
+    other, resumed = sparse()
+    resumed.load_state_dict(state)
+    with torch.no_grad():
+        for name, weight in resumed.weights.items():
+            weight.parameter.copy_(before[name])
+    resumed.commit(budget=0.4)
+    assert all(torch.equal(mask, controller.masks[name]) for name, mask in resumed.masks.items())
+
+
+# -- ever active -------------------------------------------------------------------------------
+def test_the_share_ever_active_is_the_or_of_all_masks():
+    model, controller = sparse(0.6)
+    ever = controller.masks
+    shares = []
+    for round_ in range(4):
+        begun(model, controller, lr=0.2)
+        if round_ == 2:
+            controller.abandon()
+            report = controller.prune(0.5)
+        else:
+            report = controller.commit(budget=0.3)
+        ever = {name: mask | controller.masks[name] for name, mask in ever.items()}
+        for name, row in report.weights.items():
+            assert row.ever_active == int(ever[name].sum())
+        shares.append(report.ever_share)
+    total = sum(mask.numel() for mask in ever.values())
+    assert shares[-1] == sum(int(mask.sum()) for mask in ever.values()) / total
+    assert shares == sorted(shares)
+    assert shares[0] < shares[-1]
