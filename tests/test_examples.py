@@ -1,0 +1,66 @@
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from resu_compile.runtime.controller import find_controller
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def load_example(name, monkeypatch):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def cartpole(monkeypatch):
+    pytest.importorskip("gymnasium")
+    return load_example("cartpole", monkeypatch)
+
+
+def test_cartpole_ends_dense(cartpole, capsys):
+    policy = cartpole.main(["--updates", "25", "--episodes", "2"])
+    assert find_controller(policy) is None
+    assert type(policy) is cartpole.Policy
+    assert not policy._forward_pre_hooks
+    # what came back last began at zero, and a sign may not have moved it yet
+    assert all((weight != 0).float().mean() > 0.9 for weight in policy.parameters())
+    rows = re.findall(r"^(\w+) +(\d+)% +([\d.]+)$", capsys.readouterr().out, re.MULTILINE)
+    assert [(name, sparsity) for name, sparsity, _ in rows] == [
+        ("untrained", "0"),
+        ("0", "70"),
+        ("1", "50"),
+        ("2", "30"),
+        ("3", "10"),
+        ("4", "0"),
+        ("end", "0"),
+    ]
+    assert all(1.0 <= float(mean) <= 500.0 for _, _, mean in rows)
+
+
+def test_cartpole_learns_dense(cartpole):
+    """The loss teaches: a policy that is trained stands longer than one that is not."""
+    policy = cartpole.Policy()
+    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
+    before = cartpole.play(policy, episodes=8, seed=0).mean_return
+    for update in range(15):
+        played = cartpole.play(policy, episodes=8, seed=update)
+        optimizer.zero_grad()
+        cartpole.policy_loss(policy, played).backward()
+        optimizer.step()
+    assert cartpole.play(policy, episodes=8, seed=0).mean_return > 2 * before
+
+
+def test_cartpole_returns(cartpole):
+    running = torch.tensor([[True, True], [True, False], [True, False]])
+    played = cartpole.Episodes(torch.zeros(3, 2, 4), torch.zeros(3, 2), running)
+    expected = torch.tensor([[1 + 0.99 + 0.99**2, 1.0], [1.99, 0.0], [1.0, 0.0]]) / 100
+    torch.testing.assert_close(played.returns(), expected)
+    assert played.mean_return == 2.0
