@@ -146,7 +146,7 @@ def test_unknown_and_missing_settings_are_named(data, message):
         TrainingConfig.from_dict(data)
 
 
-def score(name, weight):
+def score(_name, weight):
     return weight.abs()
 
 
@@ -156,7 +156,7 @@ def score(name, weight):
         ({"schedule": lambda t: t}, "schedule"),
         ({"resurrection": ResurrectionConfig(score=score)}, r"resurrection\.score"),
         ({"method": get_method("magnitude")}, "method"),
-        ({"targets": lambda name, parameter: True}, "targets"),
+        ({"targets": lambda *_: True}, "targets"),
     ],
 )
 def test_what_is_no_data_is_not_dumped_but_described(changes, place, tmp_path):

@@ -1,0 +1,351 @@
+"""A cycle in a user's own loop: what holds at each border of the plan, and in between."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import resu_compile as resu
+from resu_compile.config import ResurrectionConfig
+from resu_compile.errors import ArgumentError, ArgumentTypeError, WeightError
+from resu_compile.phase import Phase
+from resu_compile.runtime.controller import find_controller
+from resu_compile.sparsity import keep_count
+from resu_compile.training import Cycle, CycleShares, Densification, Pause, Stage
+from tests.training.models import config, drive, loss_fn, make_batches, make_model
+
+SIZES = {"0.weight": 128, "3.weight": 64}
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def counts(cycle: Cycle) -> dict[str, int]:
+    return {name: int(mask.sum()) for name, mask in cycle.controller.masks.items()}
+
+
+def expected_counts(sparsity: float) -> dict[str, int]:
+    return {name: keep_count(size, sparsity) for name, size in SIZES.items()}
+
+
+def test_every_step_has_the_phase_and_the_counts_of_its_span():
+    model, batches = make_model(), make_batches()
+    cycle, optimizer = Cycle(model, config()), optimizer_of(model)
+    cycle.start()
+    phases = []
+    while not cycle.done:
+        span, step = cycle.span, cycle.step_index
+        assert span.start <= step < span.stop
+        phases.append(str(cycle.controller.phase))
+        if span.sparsity:
+            assert counts(cycle) == expected_counts(span.sparsity)
+        loss_fn(model, batches[step % 7]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if cycle.controller.phase is Phase.SPARSE:
+            for name, mask in cycle.controller.masks.items():
+                weight = model.get_parameter(name)
+                assert torch.equal(weight[~mask], torch.zeros_like(weight[~mask]))
+                assert weight[mask].ne(0).all()
+        cycle.step()
+    assert phases == (
+        ["dense"] * 9
+        + (["sparse"] * 2 + ["resu"] * 2 + ["sparse"] * 5) * 2
+        + ["sparse"] * 2
+        + ["resu"] * 2
+        + ["sparse"] * 9
+    )
+    assert cycle.finish() is model
+    assert cycle.controller.sparsity == 0.75
+
+
+def test_history_holds_the_budgets_that_were_used():
+    model = make_model()
+    cycle = Cycle(model, config())
+    drive(model, cycle, make_batches())
+    assert [(s.cycle, s.step, s.sparsity) for s in cycle.history] == [
+        (0, 13, 0.25),
+        (1, 22, 0.5),
+        (2, 31, 0.75),
+    ]
+    assert [s.budget for s in cycle.history] == pytest.approx([0.3, 0.2, 0.1])
+    for stats in cycle.history:
+        for name, size in SIZES.items():
+            kept = keep_count(size, stats.sparsity)
+            row = stats.commit["weights"][name]
+            # a quota: filled as far as there are pruned places
+            assert row["resurrected"] == min(int(stats.budget * kept), size - kept)
+            assert row["active"] == kept
+            assert stats.prune["weights"][name]["active"] == kept
+
+
+def test_events_come_at_the_borders():
+    model = make_model()
+    events = []
+    cycle = Cycle(model, config(), on_event=events.append)
+    drive(model, cycle, make_batches())
+    assert [(event.kind, event.step, event.cycle) for event in events] == [
+        ("prune", 9, 0),
+        ("commit", 13, 0),
+        ("prune", 18, 1),
+        ("commit", 22, 1),
+        ("prune", 27, 2),
+        ("commit", 31, 2),
+    ]
+    assert events[1].report.as_dict() == cycle.history[0].commit
+
+
+def test_theta_is_trained_as_the_config_says():
+    model = make_model()
+    theta = ResurrectionConfig(lr=0.1, rule="sgd", init="normal", eps=0.5, freeze_active=True)
+    cycle, batches = Cycle(model, config(resurrection=theta)), make_batches()
+    optimizer = optimizer_of(model)
+    cycle.start()
+    while cycle.stage is not Stage.RESU:
+        loss_fn(model, batches[0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        cycle.step()
+    running = cycle.controller.resurrection.config
+    assert running == ResurrectionConfig(
+        lr=0.1, rule="sgd", init="normal", eps=0.5, freeze_active=True, budget=0.3
+    )
+    mask = cycle.controller.masks["0.weight"]
+    before = model[0].weight.detach().clone()
+    assert before[~mask].ne(0).all()  # noise
+    loss_fn(model, batches[0]).backward()
+    optimizer.step()
+    assert torch.equal(model[0].weight[mask], before[mask])
+    assert not torch.equal(model[0].weight[~mask], before[~mask])
+
+
+def test_without_warm_up_and_recovery_the_last_act_is_the_commit():
+    model = make_model()
+    cycle = Cycle(model, config(warmup=0.0, recovery=0.0, initial_sparsity=0.2, steps=27))
+    assert cycle.controller.phase is Phase.DENSE
+    cycle.start()
+    assert counts(cycle) == expected_counts(0.2)
+    assert cycle.start() is cycle
+    drive(model, cycle, make_batches())
+    assert cycle.controller.phase is Phase.SPARSE
+    assert cycle.history[-1].step == 27
+    assert counts(cycle) == expected_counts(0.75)
+
+
+def test_without_a_resu_stage_it_is_gradual_pruning():
+    model = make_model()
+    events = []
+    cycle = Cycle(model, config(cycle=CycleShares(2, 1, 0)), on_event=events.append)
+    drive(model, cycle, make_batches())
+    assert [event.kind for event in events] == ["prune"] * 3
+    assert [stats.commit for stats in cycle.history] == [None] * 3
+    assert counts(cycle) == expected_counts(0.75)
+
+
+def test_a_merging_commit_is_pruned_again_before_the_next_stage():
+    model = make_model()
+    cycle = Cycle(
+        model, config(schedule="constant", resurrection=ResurrectionConfig(strategy="merge"))
+    )
+    drive(model, cycle, make_batches())
+    assert [stats.sparsity for stats in cycle.history] == [0.0, 0.0, 0.0]
+    assert counts(cycle) == expected_counts(0.75)
+
+
+def test_overrides_grow_with_the_sparsity():
+    model = make_model()
+    cycle = Cycle(model, config(overrides={"3.*": 0.5}))
+    found = []
+    cycle._on_event = lambda event: found.append(counts(cycle)) if event.kind == "prune" else None
+    drive(model, cycle, make_batches())
+    assert [count["3.weight"] for count in found] == [
+        keep_count(64, 0.5 * s / 0.75) for s in (0.25, 0.5, 0.75)
+    ]
+    assert found[-1]["0.weight"] == 32
+
+
+def test_method_targets_and_seed_reach_the_controller():
+    masks = []
+    for seed in (3, 3, 4):
+        model = make_model()
+        cycle = Cycle(model, config(method="random", targets=("0.weight",), seed=seed))
+        assert list(cycle.controller.weights) == ["0.weight"]
+        drive(model, cycle, make_batches())
+        masks.append(cycle.controller.masks["0.weight"])
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+
+
+def test_a_sparsified_model_keeps_its_controller():
+    model = make_model()
+    resu.sparsify(model, sparsity=0.5, targets="0.weight", compile=False)
+    before = resu.controller(model)
+    cycle = Cycle(model, config())
+    assert cycle.controller is before
+    drive(model, cycle, make_batches())
+    assert {name: int(m.sum()) for name, m in before.masks.items()} == {"0.weight": 32}
+
+
+# -- densification -----------------------------------------------------------------------------
+def test_densification_falls_pauses_and_ends_plain():
+    model, keys = make_model(), list(make_model().state_dict())
+    paused, events = [], []
+    densify = Densification(
+        mode="stepped", levels=(0.75, 0.5, 0.0), pauses=(Pause(0, "play", 50), Pause(1))
+    )
+    cycle = Cycle(
+        model,
+        config(sparsity=0.0, densify=densify),
+        on_event=events.append,
+        on_pause=lambda m, c: paused.append((m is model, c, cycle.controller.sparsity)),
+    )
+    drive(model, cycle, make_batches())
+    assert paused == [(True, 0, 0.75), (True, 1, 0.5)]
+    assert [(e.kind, e.step) for e in events] == [
+        *[("prune", 9), ("commit", 13), ("pause", 13)],
+        *[("commit", 22), ("pause", 22), ("commit", 31)],
+    ]
+    assert events[2].pause == Pause(0, "play", 50)
+    assert [s.sparsity for s in cycle.history] == [0.75, 0.5, 0.0]
+    # the places that came back hold trained theta, not zeros (but for a unit that never fired)
+    assert model[0].weight.ne(0).float().mean() > 0.9
+    assert model[3].weight.ne(0).float().mean() > 0.9
+    assert cycle.controller.phase is Phase.DENSE
+    assert cycle.finish() is model
+    assert cycle.controller is None
+    assert find_controller(model) is None
+    assert list(model.state_dict()) == keys
+    assert not model._forward_pre_hooks
+    assert cycle.finish() is model
+
+
+def test_densification_may_end_sparse():
+    model = make_model()
+    cycle = Cycle(model, config(sparsity=0.25, densify=Densification(start=0.75)))
+    drive(model, cycle, make_batches())
+    cycle.finish()
+    assert cycle.controller.phase is Phase.SPARSE
+    assert counts(cycle) == expected_counts(0.25)
+
+
+# -- ends and errors ---------------------------------------------------------------------------
+def test_finish_commits_an_open_phase():
+    model, batches = make_model(), make_batches()
+    cycle, optimizer = Cycle(model, config()), optimizer_of(model)
+    while cycle.step_index < 12:
+        loss_fn(model, batches[0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        cycle.step()
+    assert cycle.controller.phase is Phase.RESU
+    cycle.finish()
+    assert cycle.controller.phase is Phase.SPARSE
+    assert counts(cycle) == expected_counts(0.25)
+    assert [stats.step for stats in cycle.history] == [12]
+
+
+def test_a_step_too_many_is_refused():
+    model = make_model()
+    cycle = Cycle(model, config())
+    drive(model, cycle, make_batches())
+    with pytest.raises(ArgumentError, match="expected at most 40 steps"):
+        cycle.step()
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ArgumentTypeError, match="model: expected an nn.Module, got list"):
+        Cycle([], config())
+    with pytest.raises(ArgumentTypeError, match="config: expected a TrainingConfig, got dict"):
+        Cycle(make_model(), {})
+
+
+def test_a_weight_of_nan_is_not_pruned():
+    model = make_model()
+    cycle = Cycle(model, config(warmup=0.0, initial_sparsity=0.2))
+    with torch.no_grad():
+        model[0].weight[0, 0] = torch.nan
+    with pytest.raises(WeightError, match=r"0\.weight"):
+        cycle.start()
+
+
+# -- state -------------------------------------------------------------------------------------
+def test_state_refuses_another_plan_and_other_things():
+    cycle = Cycle(make_model(), config())
+    state = cycle.state_dict()
+    with pytest.raises(ArgumentError, match="state: expected the same plan"):
+        Cycle(make_model(), config(cycles=2)).load_state_dict(state)
+    with pytest.raises(ArgumentError, match="state: expected version"):
+        cycle.load_state_dict({**state, "version": 0})
+    with pytest.raises(ArgumentError, match=r"state: expected what Cycle\.state_dict"):
+        cycle.load_state_dict({})
+
+
+@pytest.mark.parametrize("stop", [2, 4, 6, 9, 12, 13, 15, 19, 21, 30, 31, 35, 40])
+def test_a_users_loop_resumes_bit_for_bit(stop):
+    """In the warm-up, in each stage, and on the borders between them."""
+    batches, settings = make_batches(), config()
+    straight = make_model()
+    whole = Cycle(straight, settings)
+    drive(straight, whole, batches)
+
+    first = make_model()
+    cycle, optimizer = Cycle(first, settings), optimizer_of(first)
+    cycle.start()
+    while cycle.step_index < stop:
+        loss_fn(first, batches[cycle.step_index % 7]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        cycle.step()
+    saved = (
+        {k: v.clone() for k, v in first.state_dict().items()},
+        cycle.controller.state_dict(),
+        optimizer.state_dict(),
+        cycle.state_dict(),
+    )
+
+    second = make_model()
+    resumed, optimizer = Cycle(second, settings), optimizer_of(second)
+    second.load_state_dict(saved[0])
+    resumed.controller.load_state_dict(saved[1])
+    optimizer.load_state_dict(saved[2])
+    resumed.load_state_dict(saved[3])
+    assert resumed.span == cycle.span
+    drive(second, resumed, batches, optimizer)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+    assert resumed.history == whole.history
+    assert resumed.controller.masks.keys() == whole.controller.masks.keys()
+    for name, mask in whole.controller.masks.items():
+        assert torch.equal(mask, resumed.controller.masks[name])
+
+
+def test_a_score_function_survives_a_resume():
+    def score(_name, weight):
+        return -weight.abs()
+
+    settings = config(resurrection=ResurrectionConfig(score=score))
+    model = make_model()
+    cycle, optimizer = Cycle(model, settings), optimizer_of(model)
+    while cycle.step_index < 12:
+        loss_fn(model, make_batches()[0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        cycle.step()
+    again = make_model()
+    resumed = Cycle(again, settings)
+    again.load_state_dict(model.state_dict())
+    resumed.controller.load_state_dict(cycle.controller.state_dict())
+    resumed.load_state_dict(cycle.state_dict())
+    cycle.step()
+    resumed.step()
+    assert resumed.history == cycle.history
+    assert resumed.history[0].commit["weights"]["total"]["resurrected"] > 0
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_model_is_compiled_if_asked(compiled):
+    model = make_model()
+    Cycle(model, config(compile=compiled))
+    assert (model._compiled_call_impl is not None) is compiled
