@@ -5,8 +5,10 @@
 
 Forward, backward and fused AdamW, under ``torch.compile``; on CUDA under bf16 autocast. "dense" is
 plain ``torch.compile``, "sparse" the SPARSE phase at 70 %, "resu" a resurrection by default, in
-which AdamW trains theta and the active weights alike, "resu adam" one with a step of theta's own,
-"frozen" one that leaves the active weights alone. Steps of all take turns.
+which AdamW trains theta and the active weights alike; the others give theta a step of its own,
+beside active weights that train or are frozen. "resu.optim" steps them by
+``resu_compile.optim.AdamW``, "packed" with moments for the active places only; the rest by torch's.
+Steps of all take turns.
 """
 
 from __future__ import annotations
@@ -33,12 +35,17 @@ import resu_compile as resu
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 SPARSITY = 0.7
+FROZEN = {"lr": 1e-3, "freeze_active": True}
 RESURRECTIONS = {
     "resu": {},
     "resu adam": {"lr": 1e-3},
-    "resu adam frozen": {"lr": 1e-3, "freeze_active": True},
+    "resu adam, resu.optim": {"lr": 1e-3},
+    "resu adam frozen": FROZEN,
+    "resu adam frozen, resu.optim": FROZEN,
+    "resu selective, resu.optim": {"lr": 1e-3, "rule": "selective"},
+    "resu selective frozen, resu.optim": {**FROZEN, "rule": "selective"},
 }
-IMPLS = ("dense", "sparse", *RESURRECTIONS)
+IMPLS = ("dense", "sparse", "sparse packed, resu.optim", *RESURRECTIONS)
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,13 @@ def step_of(size: Size, impl: str, start: nn.Module) -> Callable[[], Tensor]:
         resu.sparsify(model, SPARSITY, sparse_threshold=1.0)
         if impl in RESURRECTIONS:
             resu.controller(model).resurrect(**RESURRECTIONS[impl]).__enter__()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
+    options = {"lr": 1e-4, "weight_decay": 0.1, "fused": True}
+    if "packed" in impl:
+        optimizer = resu.optim.AdamW(model.parameters(), state="active", **options)
+    elif "resu.optim" in impl:
+        optimizer = resu.optim.AdamW(model.parameters(), **options)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), **options)
     ids = torch.randint(size.vocabulary, (size.batch, size.tokens), device=DEVICE)
 
     def step() -> Tensor:

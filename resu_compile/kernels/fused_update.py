@@ -106,28 +106,22 @@ def fused_update_reference(
     theta: Step,
     chosen: Tensor | None = None,
 ) -> None:
-    """Plain meaning of ``fused_update``: each side taken out, stepped and put back."""
+    """Plain meaning of ``fused_update``: a side steps all places, and keeps those that are its."""
     mask = unpack_mask(bits, weight.shape)
-    tensors = [weight, *(state for state in (first, second) if state is not None)]
     for step, side in ((active, mask), (theta, ~mask)):
         if step.kind == "none":
             continue
-        parts = [tensor[side] for tensor in tensors]
-        before = parts[0].clone()
-        states = iter(parts[1:])
-        step_reference(
-            parts[0],
-            grad[side],
-            next(states) if first is not None else None,
-            next(states) if second is not None else None,
-            step,
-            coupled=side is mask,
-        )
+        states = [first, second] if step.kind == "adam" else [first if step.beta1 else None, None]
+        new_weight, *new_states = (None if x is None else x.clone() for x in (weight, *states))
+        assert new_weight is not None
+        step_reference(new_weight, grad, *new_states, step, coupled=side is mask)
+        moves = side
         if chosen is not None and side is not mask:
-            moves = unpack_mask(chosen, weight.shape)[side]
-            parts[0] = torch.where(moves, parts[0], before)
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor[side] = part
+            moves = side & unpack_mask(chosen, weight.shape)
+        weight.copy_(torch.where(moves, new_weight, weight))
+        for state, new in zip(states, new_states, strict=True):
+            if state is not None and new is not None:
+                state.copy_(torch.where(side, new, state))
 
 
 # -- Triton ----------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from resu_compile.config import ResurrectionConfig
 from resu_compile.errors import ArgumentError
 from resu_compile.kernels.bit_rank import gather_by_rank, scatter_by_rank_
 from resu_compile.kernels.effective_weight import route_gradient
-from resu_compile.kernels.fused_update import STAY, Step, fused_update, runs_fused
+from resu_compile.kernels.fused_update import STAY, Step, fused_update
 from resu_compile.kernels.mask_bits import pack_mask, unpack_mask, zero_where_
 from resu_compile.phase import Routing
 from resu_compile.runtime.commit_report import CommitReport
@@ -150,21 +150,17 @@ class Resurrection:
             lr = self._lr(optimizer, group)
             if self._is_due(state):
                 self._choose(weight, parameter.grad.detach(), state)
-            by_vectors = not self._runs_elementwise(parameter)
+            by_vectors = not self._runs_elementwise
             theta = STAY if by_vectors else self._theta_step(state.step, lr)
         with torch.no_grad():
             self._move_elementwise(optimizer, weight, parameter, state, active, theta, grad_factor)
             if by_vectors:
                 self._move_by_vectors(optimizer, weight, parameter, state, lr, grad_factor)
 
-    def _runs_elementwise(self, parameter: Tensor) -> bool:
+    @property
+    def _runs_elementwise(self) -> bool:
         """Whether theta's step fits into the kernel that steps the active places."""
-        config = self.config
-        return (
-            config.storage == "inplace"
-            and config.rule != "selective"
-            and runs_fused(parameter, parameter.grad)
-        )
+        return self.config.storage == "inplace" and self.config.rule != "selective"
 
     def _theta_step(self, step: int, lr: float) -> Step:
         """The rule of elementwise kind, as the kernel takes it."""
