@@ -400,8 +400,8 @@ class Controller:
         if sparsity is not None:
             if terms.strategy == "merge" and sparsity != 0.0:
                 raise ArgumentError(
-                    f"sparsity: expected None or 0.0 with strategy='merge', which keeps all places, got "
-                    f"{sparsity!r}; strategy='amnesty' takes a new sparsity"
+                    "sparsity: expected None or 0.0 with strategy='merge', which keeps all places, "
+                    f"got {sparsity!r}; strategy='amnesty' takes a new sparsity"
                 )
             pruning = replace(self.config, sparsity=check_sparsity(sparsity), from_zeros=False)
         self.refresh()

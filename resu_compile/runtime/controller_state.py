@@ -13,6 +13,7 @@ from torch import Tensor
 from resu_compile.errors import ArgumentError
 from resu_compile.kernels.mask_bits import unpack_mask
 from resu_compile.phase import Phase
+from resu_compile.runtime import optimizer_hooks
 from resu_compile.runtime.mask_history import MaskHistory
 from resu_compile.runtime.resurrection import Resurrection
 from resu_compile.selection import NamedWeight
@@ -68,6 +69,7 @@ def load_state(controller: Controller, state: Mapping[str, Any]) -> None:
     counts = {name: weight.nnz for name, weight in weights.items()}
     for name, weight in weights.items():
         weight.set_mask(masks[name])
+        optimizer_hooks.forget_survivors(weight)
     if any(weights[name].nnz != count for name, count in counts.items()):
         controller.structure += 1
     controller.config = config

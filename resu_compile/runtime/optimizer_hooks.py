@@ -73,6 +73,8 @@ class _View:
 
 _views: WeakKeyDictionary[Optimizer, _View] = WeakKeyDictionary()
 _controllers: WeakSet[Controller] = WeakSet()
+# packed masks of what survived a commit that no optimizer has seen
+_survivors: WeakKeyDictionary[MaskedWeight, Tensor] = WeakKeyDictionary()
 _installed = False
 
 
@@ -126,6 +128,27 @@ def state_follows(weight: MaskedWeight, survivors: Tensor) -> Iterator[None]:
         if isinstance(optimizer, MaskedOptimizer) and optimizer.packs_state:
             optimizer.pack_state(parameter, weight.bits, weight.nnz)
         mark_synced(optimizer, weight)
+    running = weight.controller.resurrection
+    earlier = _survivors.pop(weight, None)
+    if earlier is not None:
+        _survivors[weight] = earlier.to(survivors.device) & survivors
+    elif not optimizers and running is not None and running.resumed:
+        # theta's means come with the state of an optimizer that has not stepped yet
+        _survivors[weight] = survivors
+
+
+def forget_survivors(weight: MaskedWeight) -> None:
+    """The mask of ``weight`` is another one now, loaded with the state that belongs to it."""
+    _survivors.pop(weight, None)
+
+
+def _zero_on_first_sight(
+    optimizer: Optimizer, view: _View, parameter: nn.Parameter, weight: MaskedWeight
+) -> None:
+    """Fit the state that ``optimizer`` has brought along to the mask."""
+    bits = _survivors.pop(weight, weight.bits).to(weight.bits.device)
+    zero_state(optimizer, parameter, bits, keep=True)
+    view.synced[weight] = weight.mask_version
 
 
 def let_go(weight: MaskedWeight) -> None:
@@ -188,15 +211,13 @@ def _prepare(optimizer: Optimizer, view: _View) -> None:
         weight.follow(parameter)
         if controller.phase is Phase.SPARSE:
             if not view.is_synced(weight):
-                zero_state(optimizer, parameter, weight.bits, keep=True)
-                view.synced[weight] = weight.mask_version
+                _zero_on_first_sight(optimizer, view, parameter, weight)
             weight.enforce_zeros(parameter)
             weight.clean_gradient(parameter, Routing.ACTIVE)
         elif controller.phase is Phase.RESU:
             assert controller.resurrection is not None
             if weight not in view.synced and not controller.resurrection.resumed:
-                zero_state(optimizer, parameter, weight.bits, keep=True)  # from before sparsify
-                view.synced[weight] = weight.mask_version
+                _zero_on_first_sight(optimizer, view, parameter, weight)  # from before sparsify
             controller.resurrection.observe(optimizer, weight, parameter)
             if _steps_it_itself(optimizer, group, parameter, weight):
                 continue

@@ -1,5 +1,7 @@
 """What a commit decides: counts, scores, what stays and what starts over."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -237,6 +239,40 @@ def test_state_starts_over_but_for_the_survivors(kind, freeze_active, rule):
             assert (value[survivors] != 0).any()
 
 
+@pytest.mark.parametrize("state_first", [True, False])
+def test_a_commit_right_after_a_resume_ends_the_same(state_first):
+    def step(model, optimizer):
+        torch.manual_seed(7)
+        train(model, optimizer, 1)
+
+    model, controller = sparse()
+    optimizer = optim.Adam(model.parameters(), lr=0.3)
+    controller.resurrect(budget=0.5).__enter__()
+    train(model, optimizer)
+    saved = copy.deepcopy((model.state_dict(), controller.state_dict(), optimizer.state_dict()))
+    controller.commit()
+    step(model, optimizer)
+
+    other, resumed = sparse()
+    later = optim.Adam(other.parameters(), lr=0.3)
+    other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    if state_first:
+        later.load_state_dict(saved[2])
+    resumed.commit()
+    if not state_first:
+        later.load_state_dict(saved[2])
+    step(other, later)
+    for name, value in values(model).items():
+        assert torch.equal(value, values(other)[name])
+        first, second = (
+            dict(same_shaped_state(o, m.get_parameter(name)))
+            for m, o in ((model, optimizer), (other, later))
+        )
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
 # -- scores ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_the_gradient_score_remembers_what_zero_grad_drops(set_to_none):
@@ -258,6 +294,20 @@ def test_the_gradient_score_remembers_what_zero_grad_drops(set_to_none):
             assert inside.min() >= outside.max()
         n_keep = int(masks[name].sum())
         assert int((new & ~masks[name]).sum()) == int(0.3 * n_keep)
+
+
+@pytest.mark.parametrize("rule", ["optimizer", "adam"])
+def test_the_gradient_score_knows_every_optimizer(rule):
+    found = []
+    for kind in (optim.AdamW, resu.optim.AdamW):
+        torch.manual_seed(3)
+        model, controller = sparse()
+        optimizer = kind(model.parameters(), lr=0.05)
+        with controller.resurrect(score="gradient", rule=rule, budget=0.3):
+            train(model, optimizer)
+        found.append(controller.masks)
+    for name, mask in found[0].items():
+        assert torch.equal(mask, found[1][name])
 
 
 def test_the_gradient_score_takes_the_gradient_that_is_there():
