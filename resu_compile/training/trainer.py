@@ -350,10 +350,8 @@ class Trainer:
                 "the release that wrote it"
             )
         if (state["scheduler"] is None) != (self.scheduler is None):
-            raise ArgumentError(
-                "scheduler: expected one exactly if the saved run had one, "
-                f"which {'had none' if state['scheduler'] is None else 'had one'}"
-            )
+            expected = "none" if state["scheduler"] is None else "one"
+            raise ArgumentError(f"scheduler: expected {expected}, as in the saved run")
         self.cycle.load_state_dict(state["cycle"])
         controller = self.cycle.controller
         if controller is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from resu_compile.training import CycleShares, TrainingConfig
+from resu_compile.training import CycleShares, Trainer, TrainingConfig
 
 
 def make_model(*, dropout: float = 0.0) -> nn.Sequential:
@@ -55,3 +55,19 @@ def drive(model: nn.Module, cycle, batches, optimizer=None) -> None:
         optimizer.step()
         optimizer.zero_grad()
         cycle.step()
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.01)
+
+
+def make_trainer(model=None, optimizer=None, **options):
+    changes = options.pop("changes", {})
+    model = model or make_model()
+    optimizer = optimizer or adamw(model)
+    return Trainer(model, optimizer, loss_fn, config(**changes), **options)
+
+
+def assert_same(first: nn.Module, second: nn.Module) -> None:
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
