@@ -1,6 +1,8 @@
 """What a commit decides: counts, scores, what stays and what starts over."""
 
 import copy
+import sys
+import types
 
 import pytest
 import torch
@@ -354,6 +356,49 @@ def test_remembered_gradients_are_saved_and_loaded():
             weight.parameter.copy_(before[name])
     resumed.commit(budget=0.4)
     assert all(torch.equal(mask, controller.masks[name]) for name, mask in resumed.masks.items())
+
+
+def norms_of(monkeypatch, norms):
+    """Let a calibration give ``norms``; returns what it is asked."""
+    asked = []
+
+    def input_norms(model, weights, calibration):
+        asked.append((model, weights, calibration))
+        return norms
+
+    module = types.SimpleNamespace(input_norms=input_norms)
+    monkeypatch.setitem(sys.modules, "resu_compile.calibration", module)
+    return asked
+
+
+def test_the_wanda_score_is_magnitude_times_input_norm(monkeypatch):
+    model, controller = sparse()
+    _, masks, before = begun(model, controller)
+    norms = {
+        "wide.weight": torch.rand(12),
+        "conv.weight": torch.rand(9),
+        "out.weight": torch.ones(12),
+    }
+    asked = norms_of(monkeypatch, norms)
+    controller.commit(score="wanda", calibration="data", budget=0.4)
+    assert asked == [(model, list(masks), "data")]
+    for name, new in controller.masks.items():
+        norm = norms[name].view(before[name].shape[1:])
+        merit = before[name].abs() * norm
+        for group in (masks[name], ~masks[name]):
+            assert merit[group & new].min() >= merit[group & ~new].max()
+        assert int((new & ~masks[name]).sum()) == int(0.4 * masks[name].sum())
+
+
+def test_norms_that_do_not_fit_leave_the_phase(monkeypatch):
+    model, controller = sparse()
+    controller.resurrect(score="wanda").__enter__()
+    norms_of(monkeypatch, {"wide.weight": torch.rand(16)})
+    with pytest.raises(
+        ArgumentError, match=r"^calibration: expected 12 norms .* got shape \(16,\)"
+    ):
+        controller.commit(calibration="data")
+    assert controller.phase is Phase.RESU
 
 
 # -- ever active -------------------------------------------------------------------------------
