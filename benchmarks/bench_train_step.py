@@ -14,6 +14,7 @@ Steps of all take turns.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
 import gc
@@ -31,6 +32,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import resu_compile as resu
+from resu_compile.errors import NotSparsifiedError
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -115,8 +117,10 @@ class Gpt(nn.Module):
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
 
 
-def step_of(size: Size, impl: str, start: nn.Module) -> Callable[[], Tensor]:
-    """A training step of a copy of ``start``, warm."""
+def step_of(
+    size: Size, impl: str, start: nn.Module
+) -> tuple[Callable[[], Tensor], nn.Module, torch.optim.Optimizer]:
+    """A training step of a copy of ``start``, warm; the copy; its optimizer."""
     model = copy.deepcopy(start)
     if impl == "dense":
         model.compile()
@@ -144,7 +148,7 @@ def step_of(size: Size, impl: str, start: nn.Module) -> Callable[[], Tensor]:
     for _ in range(3):
         loss = step()
     assert math.isfinite(loss.item())
-    return step
+    return step, model, optimizer
 
 
 def synchronize() -> None:
@@ -173,25 +177,41 @@ def started(size: Size) -> nn.Module:
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: size.name)
 def test_train_step(benchmark, size, impl):
     benchmark.group = f"training step, {size.name}"
-    step = step_of(size, impl, started(size))
+    step, _, _ = step_of(size, impl, started(size))
     benchmark.pedantic(milliseconds, (step, 1), rounds=size.repeats, warmup_rounds=1)
 
 
 # -- one table -------------------------------------------------------------------------------
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    states = optimizer.state.values()
+    return sum(value.nbytes for state in states for value in state.values())
+
+
+def peak_bytes(step: Callable[[], Tensor], model: nn.Module, optimizer: torch.optim.Optimizer):
+    """Most memory in use at a time in a step: weights, masks, optimizer state and the rest."""
+    kept = sum(parameter.nbytes for parameter in model.parameters()) + state_bytes(optimizer)
+    with contextlib.suppress(NotSparsifiedError):
+        kept += sum(weight.bits.nbytes for weight in resu.controller(model).weights.values())
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()  # other models are among it
+    step()
+    return kept + torch.cuda.max_memory_allocated() - before
+
+
 def table_rows(size: Size) -> list[list[object]]:
     start = started(size)
     steps: dict[str, Callable[[], Tensor]] = {}
     memory: dict[str, float] = {}
+    moments: dict[str, float] = {}
     seconds: dict[str, float] = {}
     for impl in IMPLS:
-        before = torch.cuda.memory_allocated() if CUDA else 0
         at = time.perf_counter()
-        steps[impl] = step_of(size, impl, start)
+        steps[impl], model, optimizer = step_of(size, impl, start)
         seconds[impl] = time.perf_counter() - at
+        moments[impl] = state_bytes(optimizer)
         if CUDA:
-            torch.cuda.reset_peak_memory_stats()
-            steps[impl]()
-            memory[impl] = (torch.cuda.max_memory_allocated() - before) / 2**30
+            memory[impl] = peak_bytes(steps[impl], model, optimizer) / 2**30
     samples: dict[str, list[float]] = {impl: [] for impl in IMPLS}
     for _ in range(size.repeats):  # in turns: a drift of the clocks meets all alike
         for impl, own in samples.items():
@@ -203,7 +223,8 @@ def table_rows(size: Size) -> list[list[object]]:
         spread = (max(samples[impl]) - min(samples[impl])) / best[impl]
         row = [size.name if impl == "dense" else "", impl, best[impl]]
         row += [f"{best[impl] / best['dense']:.3f}", f"{spread:.1%}"]
-        row += [f"{memory[impl]:.2f}" if CUDA else None, f"{seconds[impl]:.0f}"]
+        row += [f"{memory[impl]:.2f}" if CUDA else None]
+        row += [f"{moments[impl] / moments['dense']:.2f}", f"{seconds[impl]:.0f}"]
         rows.append(row)
     return rows
 
@@ -222,8 +243,8 @@ def print_table() -> None:
     torch.set_num_threads(threads)
     where = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU, 1 thread"
     print(f"training steps, {where}, torch {torch.__version__}, sparsity {SPARSITY:.0%}")
-    head = ["model", "step", "ms", "of dense", "spread", "peak GiB", "to compile, s"]
-    print(tabulate(rows, headers=head, floatfmt=".2f", disable_numparse=[3, 4, 5, 6]))
+    head = ["model", "step", "ms", "of dense", "spread", "peak GiB", "state", "to compile, s"]
+    print(tabulate(rows, headers=head, floatfmt=".2f", disable_numparse=[3, 4, 5, 6, 7]))
     print(f"took {time.perf_counter() - began:.0f} s")
 
 
