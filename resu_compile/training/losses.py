@@ -11,11 +11,14 @@ from resu_compile.errors import ArgumentError, ArgumentTypeError
 class LossWatch:
     """Remembers the first step whose loss was NaN or infinite.
 
-    On the CPU it raises at once. Elsewhere the step is kept on the device and read by ``check()``,
-    because reading the loss of every step would make the host wait for every step.
+    Args:
+        delayed: keep the step on the device until ``check()``, because reading the loss of every
+            step would make the host wait for every step; False raises at once. None delays unless
+            the loss is on the CPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, delayed: bool | None = None) -> None:
+        self._delayed = delayed
         self._bad: Tensor | None = None
 
     def see(self, loss: object, step: int) -> None:
@@ -35,7 +38,8 @@ class LossWatch:
                 f"{tuple(loss.shape)}; take the mean"
             )
         finite = torch.isfinite(loss.detach()).reshape(())
-        if loss.device.type == "cpu":
+        delayed = loss.device.type != "cpu" if self._delayed is None else self._delayed
+        if not delayed:
             if not bool(finite):
                 _raise(step)
             return

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -181,6 +183,23 @@ def test_other_files_are_refused(tmp_path):
     broken.write_text("[1]")
     with pytest.raises(ArgumentTypeError, match="expected a mapping of settings"):
         TrainingConfig.load(broken)
+
+
+def test_yaml_without_pyyaml_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(ArgumentError, match=r"pip install resu-compile\[train\], or use \.json"):
+        TrainingConfig().dump(tmp_path / "config.yaml")
+
+
+def test_importing_it_imports_nothing_optional():
+    code = (
+        "import sys, torch; torch_brings = set(sys.modules); "
+        "import resu_compile; assert 'resu_compile.training' not in sys.modules; "
+        "import resu_compile.training; new = set(sys.modules) - torch_brings; "
+        "print(sorted(new & {'yaml', 'tqdm', 'safetensors', 'matplotlib', 'gymnasium'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_a_yaml_file_cannot_make_objects(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from resu_compile.training import (
     Stage,
     Trainer,
 )
+from resu_compile.training.losses import LossWatch
 from tests.training.models import (
     adamw,
     assert_same,
@@ -374,6 +376,22 @@ def test_a_loss_that_is_no_scalar_is_refused(loss, error, message):
     model = make_model()
     with pytest.raises(error, match=message):
         Trainer(model, adamw(model), loss, config()).fit(make_batches())
+
+
+def test_a_delayed_watch_names_the_first_bad_step():
+    watch = LossWatch(delayed=True)
+    watch.check()
+    for step, loss in enumerate([1.0, math.inf, 2.0, math.nan], start=1):
+        watch.see(torch.tensor(loss), step)
+    for _ in range(2):
+        with pytest.raises(ArgumentError, match="NaN or infinity at optimizer step 2;"):
+            watch.check()
+
+
+def test_a_progress_bar_without_tqdm_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    with pytest.raises(ArgumentError, match=r"pip install resu-compile\[train\]"):
+        make_trainer(progress=True).fit(make_batches())
 
 
 def test_wrong_arguments_are_refused():
