@@ -138,7 +138,7 @@ def _gradient(controller: Controller, _calibration: Any) -> Score:
 
 
 def _wanda(controller: Controller, calibration: Any) -> Score:
-    """|W_ij| ||X_j||_2.
+    """|W_ij| ||X_j||_2. Here weights compete inside their tensor, not inside an output row.
 
     Source: Sun et al. 2024, https://arxiv.org/abs/2306.11695
     """
@@ -149,19 +149,11 @@ def _wanda(controller: Controller, calibration: Any) -> Score:
         )
     from resu_compile.calibration import input_norms
 
-    norms = input_norms(controller.model, list(controller.weights), calibration)
+    norms = input_norms(controller.model, controller.weights, calibration)
 
     def score(name: str, value: Tensor) -> Tensor:
-        rows = value.detach().abs().flatten(1)  # (out_features, in_features)
-        rows = rows.to(torch.promote_types(value.dtype, torch.float32))
-        norm = norms[name].to(rows)
-        if norm.shape != rows.shape[1:]:
-            raise ArgumentError(
-                f"calibration: expected {rows.shape[1]} norms of the inputs of {name}, "
-                f"got shape {tuple(norm.shape)}"
-            )
-        merit: Tensor = (rows * norm).view(value.shape)
-        return merit
+        magnitude = value.abs().to(torch.promote_types(value.dtype, torch.float32))
+        return magnitude * norms[name].to(magnitude.device)  # (1, in_features), say
 
     return score
 
