@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import resu_compile.optim as resu_optim
 from resu_compile.config import ResurrectionConfig
 from resu_compile.training import (
     Callback,
@@ -25,6 +26,9 @@ OPTIMIZERS = {
     "adam amsgrad": lambda p: torch.optim.Adam(p, lr=1e-2, amsgrad=True),
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-1),
     "momentum": lambda p: torch.optim.SGD(p, lr=3e-2, momentum=0.9, nesterov=True),
+    "own adamw": lambda p: resu_optim.AdamW(p, lr=1e-2),
+    "own adamw active": lambda p: resu_optim.AdamW(p, lr=1e-2, state="active"),
+    "own sgd": lambda p: resu_optim.SGD(p, lr=3e-2, momentum=0.9),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.5, centered=True),
 }
 
@@ -140,6 +144,12 @@ RULES = {
 @pytest.mark.parametrize("rule", RULES)
 def test_rules(rule):
     check_resumes("adamw", resurrection=ResurrectionConfig(**RULES[rule]))
+
+
+@pytest.mark.parametrize("optimizer", ["own adamw", "own adamw active"])
+@pytest.mark.parametrize("rule", ["adam", "selective", "compact"])
+def test_rules_in_the_pass_of_the_optimizer(optimizer, rule):
+    check_resumes(optimizer, resurrection=ResurrectionConfig(**RULES[rule]))
 
 
 PLANS = {

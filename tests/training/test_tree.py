@@ -158,6 +158,16 @@ def test_model_versions_are_kept():
     assert round_trip(state)._metadata == state._metadata
 
 
+def test_states_of_schedulers():
+    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(2))], lr=0.1)
+    steps = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4, 4])
+    warmup = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9)
+    both = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, steps], [3])
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    state = [both.state_dict(), plateau.state_dict()]
+    assert same(round_trip(state), state)
+
+
 class Colour(StrEnum):
     RED = "red"
 
