@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 
 from torch import Tensor
 
+from resu_compile.comparison import parse_pattern
 from resu_compile.distributions import DISTRIBUTIONS
 from resu_compile.errors import (
     ArgumentError,
@@ -18,13 +19,14 @@ from resu_compile.errors import (
     check_share,
     check_sparsity,
 )
-from resu_compile.methods import Method, get_method
+from resu_compile.methods import AnyMethod, get_method, is_calibrated
 
 Names = str | tuple[str, ...]
 Predicate = Callable[[str, Tensor], bool]
 
 RULES = ("auto", "optimizer", "sgd", "momentum", "adam", "selective", "subset")
 SCORES = ("magnitude", "gradient", "wanda")
+DEFAULT_SPARSITY = 0.7
 DEFAULT_EXCLUDE: tuple[str, ...] = ("*lm_head*",)
 
 
@@ -46,8 +48,9 @@ class SparsityConfig:
     """Which weights are pruned, how much and by what.
 
     Attributes:
-        sparsity: overall share of pruned weights, in [0, 1).
-        method: name of a registered method, or an object with ``score(weight, generator)``.
+        sparsity: overall share of pruned weights, in [0, 1); None is 0.7, or 1 - N/M of a pattern.
+        method: name of a registered method, an object with ``score(weight, generator)``, or a
+            calibrated one, with ``prune(block)``.
         scope: ``"layer"`` ranks inside each weight; ``"global"`` over all weights with one
             threshold.
         distribution: how ``sparsity`` is spread with ``scope="layer"``: ``"uniform"`` or ``"erk"``.
@@ -65,10 +68,12 @@ class SparsityConfig:
         from_zeros: adopt the zeros that the weights already have; no value changes and
             ``sparsity`` becomes the share that was found.
         seed: seed of the controller's own random generator.
+        pattern: ``"N:M"`` keeps the best N of each M consecutive inputs of an output; None lets
+            each weight be sparse anywhere.
     """
 
-    sparsity: float = 0.7
-    method: str | Method = "magnitude"
+    sparsity: float = cast("float", None)  # it is a number once the config is built
+    method: str | AnyMethod = "magnitude"
     scope: Literal["layer", "global"] = "layer"
     distribution: Literal["uniform", "erk"] = "uniform"
     targets: Names | Predicate | None = None
@@ -78,11 +83,12 @@ class SparsityConfig:
     tied: Literal["skip", "mask_all"] = "skip"
     from_zeros: bool = False
     seed: int = 0
+    pattern: str | None = None
 
     def __post_init__(self) -> None:
         """Check every field; the messages name the argument."""
-        object.__setattr__(self, "sparsity", check_sparsity(self.sparsity))
         get_method(self.method)
+        self._settle_sparsity()
         check_choice(self.scope, ("layer", "global"), name="scope")
         check_choice(self.distribution, DISTRIBUTIONS, name="distribution")
         check_choice(self.tied, ("skip", "mask_all"), name="tied")
@@ -107,6 +113,36 @@ class SparsityConfig:
             raise ArgumentTypeError(f"seed: expected an int, got {self.seed!r}")
         if not isinstance(self.from_zeros, bool):
             raise ArgumentTypeError(f"from_zeros: expected a bool, got {self.from_zeros!r}")
+
+    def _settle_sparsity(self) -> None:
+        """The sparsity of the pattern if there is one, else the default, unless it was given."""
+        if self.pattern is None:
+            given = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+            object.__setattr__(self, "sparsity", check_sparsity(given))
+        else:
+            wanted = parse_pattern(self.pattern).sparsity
+            if self.sparsity is not None and check_sparsity(self.sparsity) != wanted:
+                raise ArgumentError(
+                    f"sparsity: expected None or {wanted:g} with pattern={self.pattern!r}, which "
+                    f"decides it, got {self.sparsity!r}; pattern=None takes any sparsity"
+                )
+            object.__setattr__(self, "sparsity", wanted)
+            for name, plain in (("scope", "layer"), ("distribution", "uniform"), ("overrides", {})):
+                if getattr(self, name) != plain:
+                    raise ArgumentError(
+                        f"{name}: expected {plain!r} with pattern={self.pattern!r}, which decides "
+                        f"what each weight keeps, got {getattr(self, name)!r}"
+                    )
+            if self.from_zeros is True:
+                raise ArgumentError(
+                    f"from_zeros: expected False with pattern={self.pattern!r}, which decides the "
+                    "masks; prune again with a pattern after adopting the zeros"
+                )
+        if self.scope == "global" and is_calibrated(self.method):
+            raise ArgumentError(
+                f"scope: expected 'layer' with method={self.method!r}, which compares the weights "
+                "of one output, got 'global'"
+            )
 
     def without_predicates(self) -> SparsityConfig:
         """The same without functions, which a pickle may not hold; they only mattered once."""
@@ -229,8 +265,9 @@ class ResurrectionConfig:
         check_choice(self.subset_by, ("random", "gradient"), name="subset_by")
         if self.lr is not None:
             check_number(self.lr, name="lr", minimum=0.0, expected="None or a number >= 0")
-        for name in ("weight_decay", "delta"):
-            check_number(getattr(self, name), name=name, minimum=0.0)
+        check_number(self.weight_decay, name="weight_decay", minimum=0.0)
+        if check_number(self.delta, name="delta", minimum=0.0) == 0.0:
+            raise ArgumentError("delta: expected a number > 0, because 0 / 0 is NaN, got 0")
         for name in ("screen", "select", "alpha"):
             check_number(getattr(self, name), name=name, minimum=0.0, maximum=1.0)
         check_share(self.tau, name="tau")

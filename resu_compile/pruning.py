@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from resu_compile.config import DEFAULT_EXCLUDE, CompileConfig, SparsityConfig
 from resu_compile.errors import ArgumentTypeError, PhaseError, check_known_keys
-from resu_compile.methods import Method
-from resu_compile.runtime.allocation import new_generator, new_masks
+from resu_compile.methods import AnyMethod
+from resu_compile.runtime.allocation import check_calibration, new_generator, new_masks
 from resu_compile.runtime.controller import Controller, find_controller
 from resu_compile.selection import select
 from resu_compile.state import masked_weight_of
+
+if TYPE_CHECKING:
+    from resu_compile.calibration import Calibration
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Selector = str | Sequence[str] | Callable[[str, Tensor], bool]
@@ -26,9 +29,11 @@ COMPILE_OPTIONS = ("mode", "fullgraph", "dynamic", "options")
 
 def sparsify(
     model: ModuleT,
-    sparsity: float = 0.7,
+    sparsity: float | None = None,
     *,
-    method: str | Method = "magnitude",
+    method: str | AnyMethod = "magnitude",
+    calibration: Calibration | None = None,
+    pattern: str | None = None,
     scope: Literal["layer", "global"] = "layer",
     distribution: Literal["uniform", "erk"] = "uniform",
     targets: Selector | None = None,
@@ -50,8 +55,14 @@ def sparsify(
 
     Args:
         model: any module with floating-point matmul or convolution weights.
-        sparsity: share of pruned entries, in [0, 1). Each weight keeps int((1 - s) N) entries.
-        method: ``"magnitude"``, ``"random"``, or an object with ``score(weight, generator)``.
+        sparsity: share of pruned entries, in [0, 1); None is 0.7, or what ``pattern`` asks for.
+            Each weight keeps int((1 - s) N) entries; calibrated methods round in each row.
+        method: ``"magnitude"``, ``"random"``, the calibrated ``"wanda"``, ``"wanda++"`` and
+            ``"dsnot"``, or an object of ``resu_compile.methods`` or of your own.
+        calibration: data for a calibrated method: a function ``forward_loop(model)`` that runs the
+            model, or batches. A batch is a tensor, a tuple or list of positional inputs, of which
+            forward gets as many as it takes (labels fall off), or a dict of keyword inputs.
+        pattern: ``"N:M"``, ``"2:4"`` say: the best N of each M consecutive inputs stay.
         scope: rank inside each ``"layer"``, or all weights together (``"global"``).
         distribution: ``"uniform"``, or ``"erk"`` (denser small layers), with ``scope="layer"``.
         targets: names, globs, module names or a predicate (name, parameter) -> bool that choose
@@ -88,8 +99,9 @@ def sparsify(
         raise ArgumentTypeError(f"model: expected a plain nn.Module, got {type(model).__name__}")
     check_known_keys(compile_options, COMPILE_OPTIONS, what="compile option")
     config = SparsityConfig(
-        sparsity=sparsity,
+        sparsity=cast("float", sparsity),
         method=method,
+        pattern=pattern,
         scope=scope,
         distribution=distribution,
         targets=targets,  # type: ignore[arg-type]
@@ -103,6 +115,7 @@ def sparsify(
     options = {} if (given := compile_options.get("options")) is None else given
     if not isinstance(options, Mapping):
         raise ArgumentTypeError(f"options: expected a mapping of Inductor settings, got {given!r}")
+    check_calibration(config, calibration)
     compiling = CompileConfig(sparse_threshold, compile_options.get("mode"), dict(options))
     root = getattr(model, "_orig_mod", model)
     check_plain(root)
@@ -115,7 +128,7 @@ def sparsify(
         from resu_compile.capture import capture, captured_parameters
 
         captured = captured_parameters(capture(root, *_as_tuple(example_inputs)))
-    made = attach_controller(root, config, compiling, captured)
+    made = attach_controller(root, config, compiling, captured, calibration)
     if compile and root is model:
         made.compile(
             fullgraph=bool(compile_options.get("fullgraph", False)),
@@ -129,13 +142,14 @@ def attach_controller(
     config: SparsityConfig,
     compiling: CompileConfig,
     captured: Mapping[int, str | None] | None,
+    calibration: Calibration | None = None,
 ) -> Controller:
     """Select, prune and mask; nothing is changed before everything is checked."""
     check_plain(model)
     with torch.inference_mode(False):  # masks are for training too
         selection = select(model, config, captured)
         generator = new_generator(config.seed)
-        masks = new_masks(selection.chosen, config, generator)
+        masks = new_masks(selection.chosen, config, generator, calibration=calibration, model=model)
         if config.from_zeros:
             active = sum(int(mask.sum()) for mask in masks.values())
             total = sum(mask.numel() for mask in masks.values())

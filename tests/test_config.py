@@ -20,7 +20,6 @@ from resu_compile.errors import ArgumentError, ArgumentTypeError, ResuCompileErr
         ("sparsity", -0.1, ArgumentError),
         ("sparsity", math.nan, ArgumentError),
         ("sparsity", "0.5", ArgumentTypeError),
-        ("sparsity", None, ArgumentTypeError),
         ("method", "rgl", ArgumentError),
         ("method", 3, ArgumentError),
         ("scope", "row", ArgumentError),

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from resu_compile.comparison import parse_pattern
 from resu_compile.config import SparsityConfig
 from resu_compile.distributions import DISTRIBUTIONS
 from resu_compile.errors import ArgumentError
-from resu_compile.methods import Method, get_method
+from resu_compile.methods import CalibratedMethod, Method, get_method
+from resu_compile.patterns import pattern_masks
 from resu_compile.selection import NamedWeight, check_values, matches
 from resu_compile.sparsity import global_topk_masks, keep_count, topk_mask
+
+if TYPE_CHECKING:
+    from resu_compile.calibration import Calibration
 
 
 def new_generator(seed: int) -> torch.Generator:
@@ -30,31 +36,47 @@ def new_masks(
     config: SparsityConfig,
     generator: torch.Generator,
     active: Mapping[str, Tensor] | None = None,
+    *,
+    calibration: Calibration | None = None,
+    model: nn.Module | None = None,
 ) -> dict[str, Tensor]:
     """Masks with exact counts, from the present values of ``weights``.
 
+    A calibrated method also writes into the weights: zeros outside of its masks, and whatever
+    values it trains.
+
     Args:
         weights: the weights to prune, all with finite values.
-        config: method, scope, distribution, overrides, min_density and sparsity are used.
+        config: method, scope, distribution, overrides, min_density, pattern and sparsity are used.
         generator: the only source of randomness.
         active: parameter name -> bool mask of the places that come first, whatever they score; the
             others fill what these leave. None lets all places compete.
+        calibration: for a calibrated method: a function ``forward_loop(model)``, or batches.
+        model: the root, which calibration runs.
 
     Returns:
         parameter name -> bool mask, True = active.
 
     Raises:
         WeightError: a weight holds NaN or infinity, or is on meta.
-        ArgumentError: the method's scores are NaN or of another shape.
+        ArgumentError: the method's scores are NaN or of another shape, the data are missing or not
+            needed, or the pattern does not fit a weight.
     """
+    method = get_method(config.method)
+    check_calibration(config, calibration)
     check_values(weights)
     if config.from_zeros:
         return {weight.name: weight.parameter.detach() != 0 for weight in weights}
-    method = get_method(config.method)
+    if isinstance(method, CalibratedMethod):
+        assert calibration is not None
+        assert model is not None
+        return _calibrated(method, weights, config, generator, active, calibration, model)
     scores = {weight.name: _score(method, weight, generator) for weight in weights}
     first = (
         {name: active[name].to(score.device) for name, score in scores.items()} if active else {}
     )
+    if config.pattern is not None:
+        return pattern_masks(weights, scores, parse_pattern(config.pattern), first)
     fixed = overridden(weights, config)
     free = [weight for weight in weights if weight.name not in fixed]
     numel = {weight.name: weight.parameter.numel() for weight in weights}
@@ -94,6 +116,54 @@ def fixed_counts(weights: Sequence[NamedWeight], config: SparsityConfig) -> dict
             least = 0 if config.distribution == "uniform" else int(floor * numel[name])
             keep[name] = max(count, least)
     return keep
+
+
+def check_calibration(config: SparsityConfig, calibration: object) -> None:
+    """Raise an ``ArgumentError`` if data are missing, or given to what does not use them."""
+    method = get_method(config.method)
+    name = config.method if isinstance(config.method, str) else type(method).__name__
+    needed = isinstance(method, CalibratedMethod) and not config.from_zeros
+    if needed and calibration is None:
+        raise ArgumentError(
+            f"calibration: expected data for method {name!r}, got None; give batches or a function "
+            "forward_loop(model) to sparsify(..., calibration=...) or "
+            "controller(model).prune(..., calibration=...), or choose a method that needs none"
+        )
+    if calibration is not None and not needed:
+        what = "from_zeros=True" if config.from_zeros else f"method {name!r}"
+        raise ArgumentError(f"calibration: expected None with {what}, which looks at no data")
+
+
+def weight_sparsities(weights: Sequence[NamedWeight], config: SparsityConfig) -> dict[str, float]:
+    """Sparsity of each weight with ``scope="layer"``: overrides, distribution, least density."""
+    fixed = overridden(weights, config)
+    shapes = {w.name: tuple(w.parameter.shape) for w in weights if w.name not in fixed}
+    spread = DISTRIBUTIONS[config.distribution](shapes, config.sparsity) if shapes else {}
+    if config.distribution != "uniform":
+        most = 1.0 - min(config.min_density, 1.0 - config.sparsity)
+        spread = {name: min(sparsity, most) for name, sparsity in spread.items()}
+    return {**spread, **fixed}
+
+
+def _calibrated(
+    method: CalibratedMethod,
+    weights: Sequence[NamedWeight],
+    config: SparsityConfig,
+    generator: torch.Generator,
+    active: Mapping[str, Tensor] | None,
+    calibration: Calibration,
+    model: nn.Module,
+) -> dict[str, Tensor]:
+    from resu_compile.calibration.block import PruneRequest
+    from resu_compile.calibration.engine import calibrated_masks
+
+    request = PruneRequest(
+        weight_sparsities(weights, config),
+        None if config.pattern is None else parse_pattern(config.pattern),
+        {} if active is None else active,
+        generator,
+    )
+    return calibrated_masks(model, weights, method, calibration, request)
 
 
 def overridden(weights: Sequence[NamedWeight], config: SparsityConfig) -> Mapping[str, float]:

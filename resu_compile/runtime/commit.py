@@ -38,20 +38,28 @@ def commit_masks(
         terms: strategy, kind, score, budget and margin are used.
         pruning: decides each weight's count, and the masks of ``"reprune"``; None lets
             ``"amnesty"`` keep each weight's count.
-        calibration: inputs that ``score="wanda"`` measures.
+        calibration: inputs that ``score="wanda"`` or a calibrated method measures.
 
     Returns:
         parameter name -> bool mask, True = active.
 
     Raises:
-        ArgumentError: a score is missing, of another shape, or NaN or infinite.
+        ArgumentError: a score is missing, of another shape, or NaN or infinite; or the strategy
+            cannot keep the pattern of the masks.
     """
     weights = controller.weights
+    check_pattern_kept(controller.config, terms.strategy)
     if terms.strategy == "merge":
         return {name: torch.ones_like(weight.mask) for name, weight in weights.items()}
     if terms.strategy == "reprune":
         chosen = controller.config if pruning is None else pruning
-        return new_masks(controller.named_weights(), chosen, controller.generator)
+        return new_masks(
+            controller.named_weights(),
+            chosen,
+            controller.generator,
+            calibration=calibration,
+            model=controller.model,
+        )
     counts = {name: weight.nnz for name, weight in weights.items()}
     if pruning is not None:
         counts = kept_counts(controller, pruning)
@@ -68,6 +76,16 @@ def commit_masks(
         else:
             masks[name] = amnesty_mask(merit, weight.mask, counts[name], n_resurrected)
     return masks
+
+
+def check_pattern_kept(config: SparsityConfig, strategy: str) -> None:
+    """Raise an ``ArgumentError`` for a strategy whose masks would break an N:M pattern."""
+    if config.pattern is not None and strategy != "reprune":
+        raise ArgumentError(
+            f"strategy: expected 'reprune' under pattern={config.pattern!r}, which lets active and "
+            f"resurrected compete inside each group, got {strategy!r}, which does not keep the "
+            "pattern; prune(sparsity, pattern=None) gives it up"
+        )
 
 
 def kept_counts(controller: Controller, pruning: SparsityConfig) -> dict[str, int]:

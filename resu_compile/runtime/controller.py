@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,8 @@ from resu_compile.errors import (
 from resu_compile.kernels.mask_bits import pack_mask
 from resu_compile.phase import Phase, Routing
 from resu_compile.runtime import controller_state, optimizer_hooks
-from resu_compile.runtime.allocation import new_generator, new_masks
-from resu_compile.runtime.commit import commit_masks
+from resu_compile.runtime.allocation import check_calibration, new_generator, new_masks
+from resu_compile.runtime.commit import check_pattern_kept, commit_masks
 from resu_compile.runtime.commit_report import CommitReport, compare_masks
 from resu_compile.runtime.controller_state import PRUNE_ARGUMENTS
 from resu_compile.runtime.mask_history import MaskHistory
@@ -43,6 +43,9 @@ from resu_compile.runtime.optimizer_state import zero_state
 from resu_compile.runtime.resurrection import Resurrection
 from resu_compile.selection import NamedWeight, check_overrides, check_values
 from resu_compile.state import MaskedWeight
+
+if TYPE_CHECKING:
+    from resu_compile.calibration import Calibration
 
 
 def find_controller(model: nn.Module) -> Controller | None:
@@ -233,7 +236,13 @@ class Controller:
                 optimizer_hooks.mark_synced(optimizer, weight)
 
     # -- masks ---------------------------------------------------------------------------------
-    def prune(self, sparsity: float | None = None, **changes: Any) -> CommitReport:
+    def prune(
+        self,
+        sparsity: float | None = None,
+        *,
+        calibration: Calibration | None = None,
+        **changes: Any,
+    ) -> CommitReport:
         """Prune again from the present values of the weights; the phase is sparse afterwards.
 
         In the SPARSE phase the active places come first, so that a higher sparsity only takes
@@ -241,8 +250,10 @@ class Controller:
 
         Args:
             sparsity: new overall sparsity, in [0, 1); None keeps the one asked for last.
+            calibration: data for a calibrated method, as in ``sparsify``.
             **changes: other fields of ``SparsityConfig`` that decide masks: ``method``, ``scope``,
-                ``distribution``, ``overrides``, ``min_density``.
+                ``distribution``, ``overrides``, ``min_density``, ``pattern``. A new pattern brings
+                its own sparsity; under a pattern, ``pattern=None`` goes with a new sparsity.
 
         Returns:
             What changed, per weight.
@@ -259,12 +270,17 @@ class Controller:
         check_known_keys(changes, PRUNE_ARGUMENTS, what="argument of prune")
         if sparsity is not None:
             changes["sparsity"] = sparsity
+        elif changes.get("pattern") is not None:
+            changes["sparsity"] = None  # that of the pattern
         config = replace(self.config, from_zeros=False, **changes)
+        check_calibration(config, calibration)
         self.refresh()
         named = self.named_weights()
         check_overrides(config.overrides, named)
         active = self.masks if self._phase is Phase.SPARSE else None
-        masks = new_masks(named, config, self.generator, active)
+        masks = new_masks(
+            named, config, self.generator, active, calibration=calibration, model=self.model
+        )
         self.config = config
         return self._apply(masks, "prune")
 
@@ -329,6 +345,7 @@ class Controller:
                     else "set_phase('sparse') first"
                 )
             )
+        check_pattern_kept(self.config, config.strategy)
         self.refresh()
         self.resurrection = Resurrection(config)
         self._phase = Phase.RESU
@@ -364,7 +381,8 @@ class Controller:
             sparsity: overall sparsity from now on, in [0, 1), spread over the weights as ``prune``
                 would; places that no active one holds go to the best of the pruned. None keeps
                 each weight's count.
-            calibration: of ``score="wanda"``: inputs to measure, as ``prune`` takes them.
+            calibration: of ``score="wanda"``, or of ``"reprune"`` by a calibrated method: inputs to
+                measure, as ``prune`` takes them.
 
         None takes what ``resurrect`` was given.
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 STATE_VERSION = 1
 STATE_KEYS = ("version", "phase", "config", "masks", "shapes", "generator", "resurrection")
-PRUNE_ARGUMENTS = ("method", "scope", "distribution", "overrides", "min_density")
+PRUNE_ARGUMENTS = ("method", "scope", "distribution", "overrides", "min_density", "pattern")
 
 
 # -- plain data --------------------------------------------------------------------------------
@@ -61,7 +61,8 @@ def load_state(controller: Controller, state: Mapping[str, Any]) -> None:
         name: unpack_mask(state["masks"][name].to(weight.bits.device), weight.shape)
         for name, weight in weights.items()
     }
-    config = replace(controller.config, **state["config"])
+    # a state without a pattern was written before there were any
+    config = replace(controller.config, **{"pattern": None, **state["config"]})
     phase, saved = Phase(state["phase"]), state["resurrection"]
     resurrection = Resurrection.from_state_dict(saved) if saved else None
     history = MaskHistory(state.get("history"))

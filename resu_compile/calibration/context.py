@@ -1,0 +1,58 @@
+"""The state of a model while it is calibrated, and its way back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def calibrating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, nothing compiled, no fused attention; all of it restored.
+
+    The fused attention of torch would take the projections out of sight of the observer.
+    """
+    training = [module for module in model.modules() if module.training]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.callback(_set_training, training)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fused)
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
+
+
+def _set_training(modules: list[nn.Module]) -> None:
+    for module in modules:
+        module.training = True
+
+
+class Journal:
+    """What was written over weights during a calibration, to put back if it fails."""
+
+    def __init__(self) -> None:
+        self._removed: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+
+    def save(self, parameter: nn.Parameter) -> None:
+        """Keep all values of ``parameter``, before they are trained."""
+        places = torch.ones_like(parameter, dtype=torch.bool)
+        self._removed.append((parameter, places, parameter.detach().clone().flatten()))
+
+    def prune(self, parameter: nn.Parameter, mask: Tensor) -> None:
+        """Zero ``parameter`` outside of ``mask``; what was there is kept."""
+        pruned = ~mask.to(parameter.device)
+        with torch.no_grad():
+            self._removed.append((parameter, pruned, parameter.detach()[pruned].clone()))
+            parameter.masked_fill_(pruned, 0.0)
+
+    def restore(self) -> None:
+        """Undo everything, the last first."""
+        with torch.no_grad():
+            for parameter, places, values in reversed(self._removed):
+                parameter.masked_scatter_(places, values)
+        self._removed.clear()

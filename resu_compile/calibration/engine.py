@@ -1,0 +1,113 @@
+"""Block by block: gather, prune, go on with the outputs of the pruned block.
+
+    for each block:
+        run the data through the model; hooks and operators of this block alone are looked at
+        masks of its weights; zeros into the weights
+
+What comes later therefore sees the outputs of what was pruned before. The memory in use is that of
+the statistics of one block. Weights are put back if anything fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from resu_compile.calibration.block import Block, PruneRequest
+from resu_compile.calibration.blocks import find_blocks
+from resu_compile.calibration.context import Journal, calibrating
+from resu_compile.calibration.data import Calibration, as_loop
+from resu_compile.calibration.observer import Observer
+from resu_compile.errors import ArgumentError
+from resu_compile.methods.registry import CalibratedMethod
+from resu_compile.selection import NamedWeight
+from resu_compile.state import MaskedWeight
+
+
+def calibrated_masks(
+    model: nn.Module,
+    weights: Sequence[NamedWeight],
+    method: CalibratedMethod,
+    calibration: Calibration,
+    request: PruneRequest,
+) -> dict[str, Tensor]:
+    """Masks of a method that looks at the inputs of weights.
+
+    The weights are left with zeros outside of their masks, and with the values that the method
+    gave them.
+
+    Args:
+        model: the root, eager or compiled in place; it runs eagerly here.
+        weights: the weights to prune.
+        method: the method.
+        calibration: a function ``forward_loop(model)``, or batches.
+        request: how much, and where.
+
+    Returns:
+        parameter name -> bool mask, True = active.
+
+    Raises:
+        ArgumentError: wrong data, wrong blocks, or a weight that the data do not reach.
+
+    On an error all weights are as they were.
+    """
+    loop = as_loop(calibration)
+    specs = find_blocks(model, weights, method.blocks)
+    journal = Journal()
+    masks: dict[str, Tensor] = {}
+    try:
+        with calibrating(model):
+            for spec in specs:
+                block = Block(spec, request, lambda: _run(loop, model), journal)
+                found = method.prune(block)
+                for name, mask in found.items():
+                    journal.prune(block.weights[name], mask)
+                masks |= found
+    except BaseException:
+        journal.restore()
+        raise
+    return {weight.name: masks[weight.name] for weight in weights}
+
+
+def input_norms(
+    model: nn.Module,
+    weights: Mapping[str, MaskedWeight] | Sequence[str],
+    calibration: Calibration,
+) -> dict[str, Tensor]:
+    """sqrt(s_j) of the inputs of weights, all gathered in one run of the data.
+
+    Args:
+        model: the root.
+        weights: masked weights by name, or names of parameters.
+        calibration: a function ``forward_loop(model)``, or batches.
+
+    Returns:
+        parameter name -> float32 tensor that broadcasts to the weight: (1, in_features) for
+        a weight (out_features, in_features), (in_features, 1) for one multiplied from the right.
+
+    Raises:
+        ArgumentError: the data do not reach a weight, or no parameter has such a name.
+    """
+    if isinstance(weights, Mapping):
+        parameters = {name: weight.parameter for name, weight in weights.items()}
+    else:
+        known = dict(model.named_parameters(remove_duplicate=False))
+        unknown = [name for name in weights if name not in known]
+        if unknown:
+            raise ArgumentError(
+                f"weights: expected names of parameters, got {', '.join(map(repr, unknown))}"
+            )
+        parameters = {name: known[name] for name in weights}
+    loop = as_loop(calibration)
+    observer = Observer(parameters)
+    with calibrating(model), observer.counting(model):
+        _run(loop, model)
+    return {name: found.norm for name, found in observer.statistics().items()}
+
+
+def _run(loop: object, model: nn.Module) -> None:
+    assert callable(loop)
+    with torch.inference_mode(False):
+        loop(model)

@@ -1,0 +1,404 @@
+"""Sees the input of every product with a chosen weight, at the operators that eager mode runs.
+
+    F.linear(x, w)          ->   aten.addmm(bias, x, w.t())        input of w: x, summed over dim 1
+    x @ w                   ->   aten.mm(x, w)                     input of w: x, summed over dim 0
+    F.conv2d(x, w)          ->   aten.convolution(x, w, ...)       input of w: patches of x
+
+Modules are not asked: a weight is known by its memory, and its orientation by the strides of the
+view that the operator got. Hence attention projections, bare parameters, stacked experts and layers
+whose forward nobody calls (the output projection of nn.MultiheadAttention) need no code of their
+own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from resu_compile.calibration.statistics import (
+    InputStatistics,
+    RunningStatistics,
+    Summary,
+    count_samples,
+    summarize,
+)
+from resu_compile.comparison import RowLayout
+from resu_compile.errors import ArgumentError
+
+aten = torch.ops.aten
+
+# operator -> positions of the two factors; the weight may be either
+_PRODUCTS: dict[Any, tuple[int, int]] = {
+    aten.mm.default: (0, 1),
+    aten.bmm.default: (0, 1),
+    aten.mv.default: (0, 1),
+    aten.addmm.default: (1, 2),
+    aten.baddbmm.default: (1, 2),
+    aten.addmv.default: (1, 2),
+    aten._addmm_activation.default: (1, 2),
+}
+_COPIES = (aten.clone.default, aten._to_copy.default)
+_Key = tuple[int, tuple[int, ...], tuple[int, ...]]  # offset, sizes and strides of a view
+
+
+@dataclass
+class _Watched:
+    """What is known of one weight so far."""
+
+    parameter: Tensor
+    input_dims: tuple[int, ...] | None = None
+    kernel: bool = False
+    parts: dict[_Key, RunningStatistics] = field(default_factory=dict)
+    other_ops: set[str] = field(default_factory=set)
+
+
+class Observer(TorchDispatchMode):
+    """Gathers statistics of the inputs of weights while the model runs under it.
+
+    Args:
+        weights: parameter name -> parameter.
+        moments: gather mean and variance of the inputs as well as their squares.
+
+    Attributes:
+        samples: number of samples of the call that is running.
+    """
+
+    def __init__(self, weights: Mapping[str, nn.Parameter], moments: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.samples = 1
+        self._moments = moments
+        self._watched = {name: _Watched(weight.detach()) for name, weight in weights.items()}
+        self._by_storage: dict[int, list[str]] = {}
+        for name, entry in self._watched.items():
+            self._by_storage.setdefault(_address(entry.parameter), []).append(name)
+        self._copies: dict[int, tuple[Tensor, str, int]] = {}
+
+    @contextmanager
+    def counting(self, module: nn.Module) -> Iterator[None]:
+        """Observe; each call of ``module`` says how many samples it stands for."""
+
+        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._copies.clear()  # casts of weights that an earlier call made
+            self.samples = count_samples(args, kwargs)
+
+        handle = module.register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            with self:
+                yield
+        finally:
+            handle.remove()
+            self._copies.clear()
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run ``func`` and note what it says about a weight."""
+        kwargs = kwargs or {}
+        found = {
+            i: hit
+            for i, arg in enumerate(args)
+            if isinstance(arg, Tensor) and (hit := self._find(arg)) is not None
+        }
+        if not found:
+            return func(*args, **kwargs)
+        if func not in _PRODUCTS and func is not aten.convolution.default:
+            with self:  # inference mode hands over composite operators whole
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        output = func(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            for position, (name, offset) in found.items():
+                self._note(func, args, position, name, offset, output)
+        return output
+
+    # -- which weight ----------------------------------------------------------------------------
+    def _find(self, tensor: Tensor) -> tuple[str, int] | None:
+        """The weight that ``tensor`` is a view of, and the view's offset in it."""
+        if tensor.layout is not torch.strided or tensor.device.type == "meta":
+            return None
+        address = _address(tensor)
+        if not address:
+            return None
+        if address in self._copies:
+            _, name, shift = self._copies[address]
+            return name, int(tensor.storage_offset()) + shift
+        for name in self._by_storage.get(address, ()):
+            weight = self._watched[name].parameter
+            offset = int(tensor.storage_offset()) - int(weight.storage_offset())
+            if offset >= 0 and offset + _extent(tensor) <= _extent(weight):
+                return name, offset
+        return None
+
+    def _note(
+        self, func: Any, args: Sequence[Any], position: int, name: str, offset: int, output: Any
+    ) -> None:
+        view = args[position]
+        if func in _PRODUCTS and position in _PRODUCTS[func]:
+            first, second = _PRODUCTS[func]
+            right = position == second
+            self._product(name, offset, view, args[first if right else second], right)
+        elif func is aten.convolution.default and position == 1 and not args[6]:
+            self._convolution(name, offset, view, args)
+        elif func in _COPIES and output.stride() == view.stride():
+            self._copies[_address(output)] = (output, name, offset - int(output.storage_offset()))
+        elif not (isinstance(output, Tensor) and _address(output) == _address(view)):
+            self._watched[name].other_ops.add(str(func))
+
+    # -- products --------------------------------------------------------------------------------
+    def _product(self, name: str, offset: int, view: Tensor, inputs: Tensor, right: bool) -> None:
+        """One product ``inputs @ view`` (``right``) or ``view @ inputs``."""
+        if right:
+            if view.dim() == 1:  # a row of the weight as a vector
+                view = view.unsqueeze(-1)
+            axis, tokens = view.dim() - 2, inputs.dim() - 2
+        else:
+            if inputs.dim() == 1:
+                inputs = inputs.unsqueeze(-1)
+            axis, tokens = view.dim() - 1, inputs.dim() - 1
+        if view.dim() == 3 and view.stride(0) == 0 and view.shape[0] > 1:  # one weight for a batch
+            view, axis = view[0], axis - 1
+            inputs = inputs.flatten(0, 1) if right else inputs.movedim(0, 1).flatten(1, 2)
+            tokens = inputs.dim() - 2 if right else inputs.dim() - 1
+        summary = summarize(inputs, (tokens,), self.samples, self._moments)
+        turned = _map(summary, lambda part: part.transpose(-1, -2))  # broadcasts to view
+        self._orient(name, _input_dims(self._watched[name].parameter, view, axis), False)
+        self._add(name, offset, view, turned)
+
+    def _convolution(self, name: str, offset: int, view: Tensor, args: Sequence[Any]) -> None:
+        """Columns are (channel, kernel place); each sees a shifted, strided part of the input."""
+        inputs, _, _, stride, padding, dilation = args[:6]
+        groups, kernel = args[8], view.shape[2:]
+        if inputs.dim() == view.dim() - 1:
+            inputs = inputs.unsqueeze(0)
+        padded = F.pad(inputs, [side for p in reversed(padding) for side in (p, p)])
+        lengths = [
+            (size - d * (k - 1) - 1) // s + 1
+            for size, k, s, d in zip(padded.shape[2:], kernel, stride, dilation, strict=True)
+        ]
+        dims = (0, *range(2, padded.dim()))
+        places = []
+        for place in product(*(range(k) for k in kernel)):
+            window = [slice(None), slice(None)]
+            for at, s, d, length in zip(place, stride, dilation, lengths, strict=True):
+                window.append(slice(at * d, at * d + s * (length - 1) + 1, s))
+            places.append(summarize(padded[tuple(window)], dims, self.samples, self._moments))
+
+        def joined(pick: Callable[[Summary], Tensor | None]) -> Tensor | None:
+            parts = [part for place in places if (part := pick(place)) is not None]
+            if not parts:
+                return None
+            columns = torch.stack([part.flatten() for part in parts], -1)  # (channels, places)
+            columns = columns.view(groups, -1, *kernel)
+            each = 1 if groups == 1 else view.shape[0] // groups
+            return columns.repeat_interleave(each, 0)
+
+        square = joined(lambda part: part.square)
+        assert square is not None
+        self._orient(name, tuple(range(1, view.dim())), True)
+        summary = Summary(
+            self.samples,
+            places[0].tokens,
+            square,
+            joined(lambda part: part.total),
+            joined(lambda part: part.centered),
+        )
+        self._add(name, offset, view, summary)
+
+    def _orient(self, name: str, dims: tuple[int, ...] | None, kernel: bool) -> None:
+        watched = self._watched[name]
+        if dims is None:
+            raise ArgumentError(
+                f"{name}: expected a product along whole dimensions of its shape "
+                f"{tuple(watched.parameter.shape)}, which a calibrated method can take apart into "
+                f"rows; leave it out with exclude={name!r}, or choose another method"
+            )
+        if watched.input_dims is not None and watched.input_dims != dims:
+            raise ArgumentError(
+                f"{name}: expected products along one dimension, but the model multiplies along "
+                f"dimensions {watched.input_dims} and {dims}, so that it has no one input; leave "
+                f"it out with exclude={name!r}, or choose another method"
+            )
+        watched.input_dims, watched.kernel = dims, kernel
+
+    def _add(self, name: str, offset: int, view: Tensor, summary: Summary) -> None:
+        if not summary.tokens:
+            return  # an expert that no token was sent to
+        key = (offset, tuple(view.shape), tuple(view.stride()))
+        self._watched[name].parts.setdefault(key, RunningStatistics()).add(summary)
+
+    # -- the result ------------------------------------------------------------------------------
+    def statistics(self) -> dict[str, InputStatistics]:
+        """Parameter name -> statistics of its inputs.
+
+        Raises:
+            ArgumentError: a weight took part in no product, or only a part of it did, or inputs
+                were NaN or infinite.
+        """
+        return {name: _finish(name, watched) for name, watched in self._watched.items()}
+
+
+def _finish(name: str, watched: _Watched) -> InputStatistics:
+    shape, parts = tuple(watched.parameter.shape), watched.parts
+    if not parts or watched.input_dims is None:
+        seen = f"only {', '.join(sorted(watched.other_ops))}" if watched.other_ops else "none"
+        raise ArgumentError(
+            f"{name}: expected a matrix product or a convolution with it while the model ran on "
+            f"the calibration data, saw {seen}; give data that reach it, leave it out with "
+            f"exclude={name!r}, or choose a method that needs no data"
+        )
+    layout = RowLayout(shape, watched.input_dims, watched.kernel)
+    missing = _spread(watched, {key: torch.ones(()) for key in parts}) == 0
+    if bool(missing.any()):
+        raise ArgumentError(
+            f"{name}: expected the calibration data to reach all of it, but {int(missing.sum())} "
+            f"of {missing.numel()} entries were in no product (an expert without tokens); give "
+            f"more data, or leave it out with exclude={name!r}"
+        )
+    square = _combine(watched, layout, lambda part: part.square, lambda part: part.samples)
+    total = _combine(watched, layout, lambda part: part.total, lambda part: part.samples)
+    variance = _variance(watched, layout)
+    assert square is not None
+    if not bool(torch.isfinite(square).all()):
+        raise ArgumentError(
+            f"calibration: expected finite inputs of {name}, got NaN or infinity; look at the "
+            "data and at the model's dtype"
+        )
+    return InputStatistics(layout, square, total, variance)
+
+
+def _combine(
+    watched: _Watched,
+    layout: RowLayout,
+    value: Callable[[RunningStatistics], Tensor | None],
+    number: Callable[[RunningStatistics], int],
+) -> Tensor | None:
+    """The mean of ``value`` over the parts that cover an entry, weighted by ``number``."""
+    values = {key: value(part) for key, part in watched.parts.items()}
+    known = {key: tensor for key, tensor in values.items() if tensor is not None}
+    if not known:
+        return None
+    if len(known) == 1:
+        return _compact(watched, _spread(watched, known), layout)
+    counts = {key: float(number(watched.parts[key])) for key in known}
+    weighted = _spread(watched, {key: tensor * counts[key] for key, tensor in known.items()})
+    amount = _spread(watched, {key: torch.tensor(count) for key, count in counts.items()})
+    return _compact(watched, weighted / amount, layout)
+
+
+def _variance(watched: _Watched, layout: RowLayout) -> Tensor | None:
+    """Population variance over the tokens of all parts that cover an entry."""
+
+    def tokens(part: RunningStatistics) -> int:
+        return part.tokens
+
+    inside = _combine(
+        watched,
+        layout,
+        lambda part: None if part.centered is None else part.centered / part.tokens,
+        tokens,
+    )
+    if inside is None or len(watched.parts) == 1:
+        return inside
+    mean = _combine(watched, layout, lambda part: part.mean, tokens)
+    assert mean is not None
+    mean_full = mean.expand(layout.shape)
+    between = {}
+    for key, part in watched.parts.items():
+        assert part.mean is not None
+        local = torch.empty_strided(layout.shape, watched.parameter.stride()).to(part.mean.device)
+        local.copy_(mean_full)
+        between[key] = (part.mean - local.as_strided(key[1], key[2], key[0])).square() * part.tokens
+    spread = _spread(watched, between)
+    amount = _spread(
+        watched, {key: torch.tensor(float(part.tokens)) for key, part in watched.parts.items()}
+    )
+    return _compact(watched, inside + spread / amount, layout)
+
+
+def _spread(watched: _Watched, values: Mapping[_Key, Tensor]) -> Tensor:
+    """Sum of ``values``, each broadcast over its view; float32, shape of the weight."""
+    weight = watched.parameter
+    full = torch.empty_strided(
+        weight.shape, weight.stride(), dtype=torch.float32, device=weight.device
+    ).zero_()
+    for (offset, sizes, strides), value in values.items():
+        full.as_strided(sizes, strides, offset).add_(value.to(weight.device))
+    return full
+
+
+def _compact(watched: _Watched, full: Tensor, layout: RowLayout) -> Tensor:
+    """``full`` without its row dimensions where one part speaks for all rows."""
+    parts = list(watched.parts.values())
+    square = parts[0].square
+    if len(parts) > 1 or square is None or square.numel() != layout.in_features:
+        return full.contiguous()
+    for dim in range(full.dim()):
+        if dim not in layout.input_dims:
+            full = full.narrow(dim, 0, 1)
+    return full.contiguous()
+
+
+# -- views -----------------------------------------------------------------------------------------
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # wrapper subclasses have no storage
+        return 0
+
+
+def _extent(tensor: Tensor) -> int:
+    """Elements of the storage from the first to the last of ``tensor``, both included."""
+    if tensor.numel() == 0:
+        return 0
+    return 1 + sum(
+        (size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+
+
+def _input_dims(weight: Tensor, view: Tensor, axis: int) -> tuple[int, ...] | None:
+    """The dimensions of ``weight`` that ``axis`` of ``view`` runs along, or None.
+
+    A run of trailing dimensions counts as well (a flattened patch embedding).
+    """
+    length, step = view.shape[axis], view.stride(axis)
+    shape, strides = weight.shape, weight.stride()
+    if length == 1:  # its stride means nothing: take a dimension that no other axis runs along
+        others = {view.stride(i) for i in range(view.dim()) if i != axis and view.shape[i] > 1}
+        free = [i for i in range(len(shape)) if shape[i] == 1 or strides[i] not in others]
+        single = [i for i in free if shape[i] == 1]
+        return tuple((single or free)[-1:]) or None
+    for dim in reversed(range(len(shape))):
+        if strides[dim] == step and shape[dim] >= length:
+            return (dim,)
+    dims: tuple[int, ...] = ()
+    covered = 1
+    for dim in reversed(range(len(shape))):
+        if strides[dim] != step * covered:
+            return None
+        dims, covered = (dim, *dims), covered * shape[dim]
+        if covered == length:
+            return dims
+    return None
+
+
+def _map(summary: Summary, turn: Callable[[Tensor], Tensor]) -> Summary:
+    return Summary(
+        summary.samples,
+        summary.tokens,
+        turn(summary.square),
+        None if summary.total is None else turn(summary.total),
+        None if summary.centered is None else turn(summary.centered),
+    )
