@@ -138,10 +138,14 @@ class Trainer:
                 one; otherwise begin.
 
         Raises:
-            ArgumentError: the loss is no scalar, NaN or infinite; the message names the step.
+            ArgumentError: the loss is no scalar, NaN or infinite; the message names the step. Or a
+                fresh run is to write into a folder with checkpoints of another, which a later
+                resume would take for its own.
         """
         if resume:
             self._load_newest()
+        elif self.config.checkpoint is not None and self.cycle.step_index == 0:
+            self._check_unused(self.config.checkpoint.folder)
         self._batches = BatchStream(batches)
         if self._batches_state is not None:
             self._batches.load_state_dict(self._batches_state)
@@ -406,6 +410,17 @@ class Trainer:
         folder = self._checkpoint().folder
         if latest_checkpoint(folder) is not None:
             self.load(load_checkpoint(folder))
+
+    @staticmethod
+    def _check_unused(folder: str) -> None:
+        from resu_compile.training.checkpoint import latest_checkpoint
+
+        found = latest_checkpoint(folder)
+        if found is not None:
+            raise ArgumentError(
+                f"checkpoint: expected a folder without checkpoints for a fresh run, got {folder} "
+                f"with {found.name}; pass resume=True to go on from it, or another folder"
+            )
 
     def _checkpoint(self) -> Any:
         if self.config.checkpoint is None:
