@@ -112,9 +112,9 @@ def fused_update_reference(
         if step.kind == "none":
             continue
         states = [first, second] if step.kind == "adam" else [first if step.beta1 else None, None]
-        new_weight, *new_states = (None if x is None else x.clone() for x in (weight, *states))
-        assert new_weight is not None
-        step_reference(new_weight, grad, *new_states, step, coupled=side is mask)
+        new_weight = weight.clone()
+        new_states = [None if state is None else state.clone() for state in states]
+        step_reference(new_weight, grad, new_states[0], new_states[1], step, coupled=side is mask)
         moves = side
         if chosen is not None and side is not mask:
             moves = side & unpack_mask(chosen, weight.shape)

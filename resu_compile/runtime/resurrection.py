@@ -27,6 +27,7 @@ from resu_compile.kernels.bit_rank import gather_by_rank, scatter_by_rank_
 from resu_compile.kernels.effective_weight import route_gradient
 from resu_compile.kernels.fused_update import STAY, Step, fused_update
 from resu_compile.kernels.mask_bits import pack_mask, unpack_mask, zero_where_
+from resu_compile.kernels.selective_step import selective_step_
 from resu_compile.phase import Routing
 from resu_compile.runtime.commit_report import CommitReport
 from resu_compile.runtime.gradient_score import LastGradients
@@ -154,8 +155,10 @@ class Resurrection:
             theta = STAY if by_vectors else self._theta_step(state.step, lr)
         with torch.no_grad():
             self._move_elementwise(optimizer, weight, parameter, state, active, theta, grad_factor)
-            if by_vectors:
-                self._move_by_vectors(optimizer, weight, parameter, state, lr, grad_factor)
+            if by_vectors and self.config.storage == "inplace":
+                self._move_selected(optimizer, weight, parameter, state, lr, grad_factor)
+            elif by_vectors:
+                self._move_by_vectors(weight, parameter, state, lr, grad_factor)
 
     @property
     def _runs_elementwise(self) -> bool:
@@ -211,7 +214,7 @@ class Resurrection:
                 grad_factor,
             )
 
-    def _move_by_vectors(
+    def _move_selected(
         self,
         optimizer: torch.optim.Optimizer,
         weight: MaskedWeight,
@@ -220,28 +223,49 @@ class Resurrection:
         lr: float,
         grad_factor: float,
     ) -> None:
-        """The rule on vectors of the pruned places: gathered, moved and put back."""
+        """The selective rule in place."""
         assert parameter.grad is not None
-        wide = _wide(parameter)
-        grad = _pruned_part(parameter.grad.detach(), weight).to(wide) * grad_factor
+        config, n_pruned = self.config, weight.numel - weight.nnz
+        grad = parameter.grad.detach()
+        ema, ema_abs = (self._mean(optimizer, parameter, state, name) for name in EMAS)
+        selective_step_(
+            parameter,
+            grad if grad_factor == 1.0 else grad * grad_factor,
+            ema,
+            ema_abs,
+            weight.bits,
+            n_pruned=n_pruned,
+            lr=lr,
+            beta=config.betas[0],
+            delta=config.delta,
+            tau=config.tau,
+            k_screen=int(config.screen * n_pruned),
+            k_select=int(config.select * n_pruned),
+            adaptive=config.step == "adam",
+            weight_decay=config.weight_decay,
+        )
+
+    def _move_by_vectors(
+        self,
+        weight: MaskedWeight,
+        parameter: nn.Parameter,
+        state: ThetaState,
+        lr: float,
+        grad_factor: float,
+    ) -> None:
+        """The rule on the vectors of compact storage; the weight then shows theta."""
+        assert parameter.grad is not None
+        assert state.theta is not None
         theta = state.theta
-        if theta is None:
-            theta = _pruned_part(parameter.detach(), weight).to(wide)
-        kept: dict[str, Tensor] = {}
-        vectors: dict[str, Tensor] = {}
-        for name in state_names(self.config):
-            if self.config.storage == "compact":
-                vectors[name] = state.buffers.setdefault(name, torch.zeros_like(theta))
-            else:
-                kept[name] = self._mean(optimizer, parameter, state, name)
-                vectors[name] = _pruned_part(kept[name], weight).to(wide)
+        grad = _pruned_part(parameter.grad.detach(), weight).to(theta.dtype) * grad_factor
+        vectors = {
+            name: state.buffers.setdefault(name, torch.zeros_like(theta))
+            for name in state_names(self.config)
+        }
         if state.chosen is not None:
-            chosen = unpack_mask(state.chosen, weight.shape)
-            vectors["chosen"] = _pruned_part(chosen, weight)
+            vectors["chosen"] = _pruned_part(unpack_mask(state.chosen, weight.shape), weight)
         RULES[self.config.rule](theta, grad, vectors, state.step, lr, self.config)
         scatter_by_rank_(parameter, theta, weight.bits, False)
-        for name, tensor in kept.items():
-            scatter_by_rank_(tensor, vectors[name], weight.bits, False)
 
     def _is_due(self, state: ThetaState) -> bool:
         """Whether the subset is to be chosen before this step."""
