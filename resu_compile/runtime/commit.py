@@ -44,12 +44,14 @@ def commit_masks(
         parameter name -> bool mask, True = active.
 
     Raises:
-        ArgumentError: a score is missing, of another shape, or NaN or infinite; or the strategy
-            cannot keep the pattern of the masks.
+        ArgumentError: a score is missing, of another shape, or NaN or infinite; data are missing or
+            not needed; or the strategy cannot keep the pattern of the masks.
     """
     weights = controller.weights
     check_pattern_kept(controller.config, terms.strategy)
     if terms.strategy == "merge":
+        if calibration is not None:
+            raise ArgumentError("calibration: expected None with strategy='merge', which keeps all")
         return {name: torch.ones_like(weight.mask) for name, weight in weights.items()}
     if terms.strategy == "reprune":
         chosen = controller.config if pruning is None else pruning

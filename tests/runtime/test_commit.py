@@ -105,6 +105,8 @@ def test_a_margin_needs_scores_that_are_no_debt():
         ({"sparsity": 1.0}, "sparsity"),
         ({"sparsity": 0.3, "strategy": "merge"}, "sparsity"),
         ({"calibration": [1]}, "calibration"),
+        ({"calibration": [1], "strategy": "merge"}, "calibration"),
+        ({"calibration": [1], "strategy": "reprune"}, "calibration"),
         ({"score": "wanda"}, "calibration"),
         ({"score": "taste"}, "score"),
     ],
@@ -385,6 +387,38 @@ def test_wanda_without_a_calibration_that_reaches_all_leaves_the_phase():
         with pytest.raises(ArgumentError):
             controller.commit(calibration=calibration)
         assert controller.phase is Phase.RESU
+
+
+# -- calibrated methods and patterns -----------------------------------------------------------
+def test_reprune_by_a_calibrated_method_takes_its_data():
+    batches = [torch.randn(6, 12)]
+    model = resu.sparsify(Net(), 0.5, method="wanda", calibration=batches, compile=False)
+    controller = resu.controller(model)
+    begun(model, controller, lr=0.3, strategy="reprune")
+    with pytest.raises(ArgumentError, match="^calibration: expected data for method 'wanda'"):
+        controller.commit()
+    assert controller.phase is Phase.RESU
+    report = controller.commit(calibration=batches)
+    assert report.resurrected > 0
+    assert (controller.masks["wide.weight"].sum(1) == 6).all()  # each output keeps its half
+
+
+def test_a_pattern_stays_a_pattern():
+    model = resu.sparsify(nn.Sequential(nn.Linear(12, 16)), pattern="2:4", compile=False)
+    controller = resu.controller(model)
+    for begin in (controller.resurrect().__enter__, lambda: controller.set_phase("resu")):
+        with pytest.raises(ArgumentError, match="^strategy: expected 'reprune' under pattern"):
+            begin()
+        assert controller.phase is Phase.SPARSE
+    controller.resurrect(strategy="reprune").__enter__()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(16, 12))
+    with pytest.raises(ArgumentError, match="^strategy: expected 'reprune'"):
+        controller.commit(strategy="amnesty")
+    with pytest.raises(ArgumentError, match="^sparsity: expected None or 0.5"):
+        controller.commit(sparsity=0.25)
+    assert controller.commit().resurrected > 0
+    assert (controller.masks["0.weight"].view(-1, 4).sum(1) == 2).all()
 
 
 # -- ever active -------------------------------------------------------------------------------
