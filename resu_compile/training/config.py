@@ -131,6 +131,8 @@ class TrainingConfig:
         resurrection: how theta is trained and committed; its ``budget`` gives way to the next two.
         budget_start: budget of the first cycle's commit, in [0, 1].
         budget_end: budget of the last cycle's; linear in between.
+        margin_end: margin of the last cycle's commit with ``kind="ceiling"``, >= 0; linear from
+            the ``margin`` of ``resurrection``. None keeps that one.
         densify: sparsity falls from its start to ``sparsity``; ``schedule`` has then no part.
         accumulate: batches per optimizer step.
         clip_norm: largest norm of all gradients together; None does not clip.
@@ -162,6 +164,7 @@ class TrainingConfig:
     resurrection: ResurrectionConfig = field(default_factory=ResurrectionConfig)
     budget_start: float = 0.02
     budget_end: float = 0.02
+    margin_end: float | None = None
     densify: Densification | None = None
     accumulate: int = 1
     clip_norm: float | None = None
@@ -185,6 +188,18 @@ class TrainingConfig:
         _check_type(self.resurrection, ResurrectionConfig, "resurrection")
         for name in ("budget_start", "budget_end"):
             check_number(getattr(self, name), name=name, minimum=0.0, maximum=1.0)
+        if self.margin_end is not None:
+            check_number(
+                self.margin_end,
+                name="margin_end",
+                minimum=0.0,
+                expected="None or a number >= 0",
+            )
+            if self.resurrection.kind != "ceiling":
+                raise ArgumentError(
+                    "margin_end: expected None unless resurrection.kind is 'ceiling', which alone "
+                    f"has a margin, got {self.margin_end!r}"
+                )
         self.sparsity_config()
         if isinstance(self.targets, list):
             object.__setattr__(self, "targets", tuple(self.targets))

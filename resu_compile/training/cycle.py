@@ -32,6 +32,7 @@ from resu_compile.training.plan import (
     Stage,
     build_plan,
     cycle_budgets,
+    cycle_margins,
     cycle_sparsities,
 )
 
@@ -116,6 +117,7 @@ class Cycle:
         plan: the spans.
         sparsities: what each cycle ends with.
         budgets: of each cycle's commit.
+        margins: of the same.
         step_index: optimizer steps done.
         history: one ``CycleStats`` for each cycle that has ended.
     """
@@ -140,6 +142,7 @@ class Cycle:
         self.plan: Plan = build_plan(config)
         self.sparsities = cycle_sparsities(config)
         self.budgets = cycle_budgets(config)
+        self.margins = cycle_margins(config)
         self.step_index = 0
         self.history: list[CycleStats] = []
         self._on_event = on_event
@@ -261,7 +264,11 @@ class Cycle:
         if controller.phase is Phase.DENSE or not same:
             self._prune(controller, span)
         if span.stage is Stage.RESU:
-            config = replace(self.config.resurrection, budget=self.budgets[span.cycle])
+            config = replace(
+                self.config.resurrection,
+                budget=self.budgets[span.cycle],
+                margin=self.margins[span.cycle],
+            )
             ResurrectionPhase(controller, config).__enter__()  # _leave commits it
 
     def _prune(self, controller: Controller, span: Span) -> None:

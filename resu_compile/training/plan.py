@@ -16,6 +16,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from resu_compile.errors import ArgumentError
+from resu_compile.runtime.tournament import linear_budget, linear_margin
 from resu_compile.training.schedules import scheduled_sparsities
 
 if TYPE_CHECKING:
@@ -81,10 +82,17 @@ def cycle_budgets(config: TrainingConfig) -> tuple[float, ...]:
     Source: RESU divides by C instead, and then never reaches r_end
     (huy209vn/RESU, resu/training/config.py).
     """
-    start, end, last = config.budget_start, config.budget_end, config.cycles - 1
+    count = config.cycles
     return tuple(
-        start - (start - end) * c / last if c < last else end for c in range(config.cycles)
+        linear_budget(c, count, config.budget_start, config.budget_end) for c in range(count)
     )
+
+
+def cycle_margins(config: TrainingConfig) -> tuple[float, ...]:
+    """The margin of each cycle's commit: ``resurrection.margin`` first, ``margin_end`` last."""
+    start, count = config.resurrection.margin, config.cycles
+    end = start if config.margin_end is None else config.margin_end
+    return tuple(linear_margin(c, count, start, end) for c in range(count))
 
 
 def build_plan(config: TrainingConfig) -> Plan:

@@ -59,7 +59,8 @@ class Trainer:
         loss_fn: ``(model, batch) -> scalar tensor``; it moves the batch to the device, if need be.
         config: the run.
         callbacks: told of everything, in this order.
-        evaluate: ``(model) -> {metric: number}``, called in eval mode without gradients.
+        evaluate: ``(model) -> {metric: number}``, called in eval mode, without gradients and
+            without compilation.
         scheduler: stepped after each optimizer step.
         on_pause: ``(model, cycle)``, called at the pauses of a densification.
         calibration: inputs that some pruning methods measure, as in ``Cycle``.
@@ -241,10 +242,15 @@ class Trainer:
             return
         self.model.eval()
         try:
-            with torch.no_grad(), self._autocast():
+            # eagerly: a score on the way is not worth another compilation
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"), self._autocast():
                 found = self.evaluate(self.model)
         finally:
             self.model.train()
+        if not isinstance(found, Mapping):
+            raise ArgumentTypeError(
+                f"evaluate: expected a mapping from metric to number, got {found!r}"
+            )
         metrics = {name: float(value) for name, value in found.items()}
         self._writer.write(
             "evaluation", step, cycle=span.cycle, stage=str(span.stage), metrics=metrics

@@ -121,6 +121,24 @@ def test_theta_is_trained_as_the_config_says():
     assert not torch.equal(model[0].weight[~mask], before[~mask])
 
 
+def test_a_ceiling_takes_the_margin_of_its_cycle():
+    model = make_model()
+    theta = ResurrectionConfig(kind="ceiling", margin=0.4)
+    found = []
+
+    class Watch(Cycle):
+        def _leave(self, span):
+            if self.controller.phase is Phase.RESU:
+                running = self.controller.resurrection.config
+                found.append((running.kind, running.budget, running.margin))
+            super()._leave(span)
+
+    cycle = Watch(model, config(resurrection=theta, margin_end=0.0))
+    drive(model, cycle, make_batches())
+    assert found == [("ceiling", b, m) for b, m in zip(cycle.budgets, cycle.margins, strict=True)]
+    assert cycle.margins == pytest.approx((0.4, 0.2, 0.0))
+
+
 def test_without_warm_up_and_recovery_the_last_act_is_the_commit():
     model = make_model()
     cycle = Cycle(model, config(warmup=0.0, recovery=0.0, initial_sparsity=0.2, steps=27))

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from resu_compile.config import ResurrectionConfig
 from resu_compile.errors import ArgumentError, ArgumentTypeError
 from resu_compile.training import (
     CycleShares,
@@ -17,7 +18,7 @@ from resu_compile.training import (
     TrainingConfig,
     build_plan,
 )
-from resu_compile.training.plan import cycle_budgets, cycle_sparsities
+from resu_compile.training.plan import cycle_budgets, cycle_margins, cycle_sparsities
 from resu_compile.training.schedules import SHAPES
 from tests.training.models import config
 
@@ -80,7 +81,7 @@ def test_a_small_plan_to_the_letter():
 
 
 def test_shares_of_a_thousand_steps_are_those_of_the_paper():
-    plan = build_plan(TrainingConfig(steps=5000, warmup=0.0, recovery=0.0))
+    plan = build_plan(TrainingConfig(steps=5000, warmup=0.0, recovery=0.0, cycles=5))
     assert [span.steps for span in plan] == [600, 100, 300] * 5
 
 
@@ -93,8 +94,8 @@ def test_shares_count_in_proportion_and_no_stage_is_empty():
 
 def test_too_few_steps_are_refused_with_the_number_that_is_needed():
     with pytest.raises(ArgumentError, match=r"steps: expected at least 17 for 5 cycles of 3 stage"):
-        TrainingConfig(steps=16, warmup=0.05, recovery=0.05)
-    TrainingConfig(steps=17, warmup=0.05, recovery=0.05)
+        TrainingConfig(steps=16, warmup=0.05, recovery=0.05, cycles=5)
+    TrainingConfig(steps=17, warmup=0.05, recovery=0.05, cycles=5)
 
 
 # -- schedules ---------------------------------------------------------------------------------
@@ -153,10 +154,22 @@ def test_a_schedule_of_another_type_is_refused():
 
 # -- budgets -----------------------------------------------------------------------------------
 def test_budgets_are_linear_and_the_last_cycle_reaches_the_end():
-    assert cycle_budgets(TrainingConfig(budget_start=0.10, budget_end=0.02)) == pytest.approx(
+    assert cycle_budgets(config(cycles=5, budget_start=0.10, budget_end=0.02)) == pytest.approx(
         (0.10, 0.08, 0.06, 0.04, 0.02)
     )
     assert cycle_budgets(config(cycles=1, budget_start=0.5, budget_end=0.2)) == (0.2,)
+
+
+def test_margins_are_those_of_the_resurrection_or_go_to_the_end():
+    ceiling = ResurrectionConfig(kind="ceiling", margin=0.4)
+    assert cycle_margins(config(resurrection=ceiling)) == (0.4, 0.4, 0.4)
+    assert cycle_margins(config(resurrection=ceiling, margin_end=0.1)) == pytest.approx(
+        (0.4, 0.25, 0.1)
+    )
+    with pytest.raises(ArgumentError, match="margin_end: expected None unless"):
+        config(margin_end=0.1)
+    with pytest.raises(ArgumentError, match="margin_end: expected None or a number >= 0"):
+        config(resurrection=ceiling, margin_end=-0.1)
 
 
 # -- densification -----------------------------------------------------------------------------

@@ -378,6 +378,32 @@ def test_a_loss_that_is_no_scalar_is_refused(loss, error, message):
         Trainer(model, adamw(model), loss, config()).fit(make_batches())
 
 
+def test_an_evaluation_that_is_no_mapping_is_refused():
+    with pytest.raises(ArgumentTypeError, match=r"evaluate: expected a mapping .* got 0\.5"):
+        make_trainer(evaluate=lambda _: 0.5).fit(make_batches())
+
+
+def test_evaluations_do_not_compile():
+    compiled = []
+    model = make_model()
+    trainer = make_trainer(
+        model,
+        evaluate=lambda model: {"loss": model(make_batches()[0][0]).sum()},
+        changes={"evaluate_every": 1},
+    )
+
+    def count(graph, _inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    model.compile(backend=count)
+    with torch.compiler.set_stance("default"):
+        trainer._evaluate(trainer.cycle.span, 1)
+    assert not compiled
+    model(make_batches()[0][0])
+    assert compiled
+
+
 def test_a_delayed_watch_names_the_first_bad_step():
     watch = LossWatch(delayed=True)
     watch.check()
