@@ -89,12 +89,12 @@ def test_a_weight_without_pruned_places_keeps_all():
 @st.composite
 def contests(draw):
     numel = draw(st.integers(1, 30))
-    values = st.one_of(st.sampled_from([0.0, 1.0, 1.1, 1.5, 2.0]), st.floats(0, 4, width=32))
+    values = st.one_of(st.sampled_from([0.0, 1.0, 1.125, 1.5, 2.0]), st.floats(0, 4, width=32))
     score = draw(st.lists(values, min_size=numel, max_size=numel))
     mask = draw(st.lists(st.booleans(), min_size=numel, max_size=numel))
     n_keep = draw(st.integers(0, numel))
     n_resurrected = draw(st.integers(0, n_keep))
-    margin = draw(st.sampled_from([0.0, 0.1, 0.5, 3.0]))
+    margin = draw(st.sampled_from([0.0, 0.1, 0.125, 0.5, 3.0]))
     return score, mask, n_keep, n_resurrected, margin
 
 
