@@ -7,13 +7,18 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from resu_compile.errors import ArgumentError, ArtifactError, ResuCompileError
 
 SIZES = ("small", "large")
 TASKS = ("digits", "bytes")
 DEMO_PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
+DEVICES = ("cpu", "cuda")
+SIZE_HELP = "large: a GPT of 10.6 M weights, for a GPU"
 USAGE_ERROR = 2
+
+Commands = Any  # argparse does not name the type that add_subparsers returns
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,29 +47,84 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_PrintVersion)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
+    for add_command in (_add_demo, _add_report, _add_train, _add_plot, _add_verify):
+        add_command(commands)
+    return parser
+
+
+def _add_demo(commands: Commands) -> None:
     demo = commands.add_parser(
         "demo",
         help="train, prune, resurrect and export on real data",
         description="Compare dense, one-shot pruned, gradually pruned and RESU models at equal "
         "steps, on data that every machine has.",
     )
-    demo.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    demo.add_argument(
-        "--size", choices=SIZES, default="small", help="large: a GPT of 10.6 M weights, for a GPU"
-    )
+    demo.add_argument("--device", choices=DEVICES, default="cpu")
+    demo.add_argument("--size", choices=SIZES, default="small", help=SIZE_HELP)
     demo.add_argument("--task", choices=(*TASKS, "all"), default="all")
     demo.add_argument("--output", type=Path, default=Path("demo_output"), metavar="DIR")
     demo.add_argument("--seed", type=_seed, default=0, metavar="N")
     demo.add_argument("--eager", action="store_true", help="do not compile the models")
     demo.set_defaults(run=_demo)
 
+
+def _add_report(commands: Commands) -> None:
     report = commands.add_parser(
         "report", help="what an exported model holds, and the kernels it takes here"
     )
     report.add_argument("file", type=Path, metavar="FILE.pt2")
-    report.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    report.add_argument("--device", choices=DEVICES, default="cpu")
     report.set_defaults(run=_report)
-    return parser
+
+
+def _add_train(commands: Commands) -> None:
+    train = commands.add_parser(
+        "train",
+        help="run the training that a file describes",
+        description="Train by a .yaml or .json file that names a task (digits, bytes, or "
+        "module:function of your own) and the fields of TrainingConfig; "
+        "examples/digits_resu.yaml is one.",
+    )
+    train.add_argument("config", type=Path, metavar="CONFIG")
+    train.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint, if there is one"
+    )
+    train.add_argument(
+        "--output", type=Path, metavar="DIR", help="in place of the output that the file names"
+    )
+    train.add_argument("--device", choices=DEVICES, help="in place of the task's device")
+    train.set_defaults(run=_train)
+
+
+def _add_plot(commands: Commands) -> None:
+    plot = commands.add_parser("plot", help="draw a training run from its stats file")
+    plot.add_argument("stats", type=Path, metavar="STATS.jsonl")
+    plot.add_argument(
+        "--output", type=Path, metavar="DIR", help="for the pictures; default: beside the stats"
+    )
+    plot.set_defaults(run=_plot)
+
+
+def _add_verify(commands: Commands) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="check what RESU is for: that pruned weights come back, and that it helps",
+        description="Train dense, one-shot pruned, gradually pruned and RESU models for equal "
+        "steps. Exits with 1 if nothing was resurrected, if a weight holds another number of "
+        "entries than asked for, or if RESU recovers no more than half of what one-shot pruning "
+        "lost.",
+    )
+    verify.add_argument("--device", choices=DEVICES, default="cpu")
+    verify.add_argument("--size", choices=SIZES, default="small", help=SIZE_HELP)
+    verify.add_argument("--task", choices=(*TASKS, "all"), default="all")
+    verify.add_argument(
+        "--sparsity", type=float, nargs="+", default=[0.7, 0.9], metavar="S", help="in [0, 1)"
+    )
+    verify.add_argument("--seeds", type=int, default=3, metavar="N", help="how many")
+    verify.add_argument("--quick", action="store_true", help="few steps and one seed: counts only")
+    verify.add_argument("--compile", action="store_true", help="compile the models")
+    verify.add_argument("--output", type=Path, default=Path("verify_output"), metavar="DIR")
+    verify.set_defaults(run=_verify)
 
 
 class _PrintVersion(argparse.Action):
@@ -99,19 +159,9 @@ def _seed(text: str) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    missing = [
-        package
-        for module, package in DEMO_PACKAGES.items()
-        if importlib.util.find_spec(module) is None
-    ]
-    if missing:
-        raise ArgumentError(
-            f"demo: expected {', '.join(missing)} to be installed; "
-            "run: pip install resu-compile[demo]"
-        )
+    _check_demo_packages("demo")
     _check_device(arguments.device)
-    if arguments.output.exists() and not arguments.output.is_dir():
-        raise ArgumentError(f"--output: expected a folder, got the file {arguments.output}")
+    _check_output(arguments.output)
 
     from resu_compile.demo.runner import DemoConfig, run_demo
     from resu_compile.demo.tasks import make_task
@@ -133,6 +183,78 @@ def _report(arguments: argparse.Namespace) -> int:
     program = resu_compile.load(arguments.file, device=arguments.device)
     print(program.report)
     return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from resu_compile.training.runner import load_run_file, run
+
+    if arguments.device is not None:
+        _check_device(arguments.device)
+    file = load_run_file(arguments.config, output=arguments.output, device=arguments.device)
+    outcome = run(
+        file,
+        resume=arguments.resume,
+        progress=sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None,
+    )
+    print(outcome.table)
+    if outcome.result.stopped_early:
+        print(f"stopped early, after {outcome.result.steps} steps")
+    print(f"stats: {outcome.stats}")
+    if outcome.pictures:
+        print(f"pictures: {', '.join(map(str, outcome.pictures))}")
+    else:
+        print("no pictures: pip install resu-compile[plot], then resu-compile plot")
+    return 0
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    from resu_compile.training.plots import plot_stats
+
+    folder = arguments.stats.parent if arguments.output is None else arguments.output
+    _check_output(folder)
+    for path in plot_stats(arguments.stats, folder):
+        print(path)
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    _check_demo_packages("verify")
+    _check_device(arguments.device)
+    _check_output(arguments.output)
+
+    from resu_compile.training.verify import VerifyConfig, verify
+
+    config = VerifyConfig(
+        tasks=TASKS if arguments.task == "all" else (arguments.task,),
+        sparsities=tuple(arguments.sparsity),
+        seeds=1 if arguments.quick else arguments.seeds,
+        size=arguments.size,
+        device=arguments.device,
+        quick=arguments.quick,
+        compile=arguments.compile,
+    )
+    outcome = verify(config, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    print(outcome.text())
+    print(f"numbers: {outcome.write(arguments.output)}")
+    return 0 if outcome.passed else 1
+
+
+def _check_demo_packages(command: str) -> None:
+    missing = [
+        package
+        for module, package in DEMO_PACKAGES.items()
+        if importlib.util.find_spec(module) is None
+    ]
+    if missing:
+        raise ArgumentError(
+            f"{command}: expected {', '.join(missing)} to be installed; "
+            "run: pip install resu-compile[demo]"
+        )
+
+
+def _check_output(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ArgumentError(f"--output: expected a folder, got the file {folder}")
 
 
 def _check_device(device: str) -> None:
