@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from resu_compile.errors import WeightError
+from resu_compile.kernels.bit_rank import block_ranks, gather_by_rank, scatter_by_rank_
 from resu_compile.kernels.effective_weight import route_gradient
 from resu_compile.kernels.mask_bits import pack_mask, unpack_mask, zero_where_
 from resu_compile.phase import Routing
@@ -84,6 +85,7 @@ class MaskedWeight:
         self._graph_gradient: tuple[int, int, int, Routing] | None = None
         self._clean_gradient: tuple[weakref.ref[Tensor], int, Routing] | None = None
         self._sum_is_clean = False
+        self._ranks: dict[bool, tuple[int, Tensor]] = {}
         self.bind()
 
     # -- the parameter -----------------------------------------------------------------------
@@ -194,6 +196,25 @@ class MaskedWeight:
     def mask(self) -> Tensor:
         """bool, shape of the weight, True = active; a new tensor each time."""
         return unpack_mask(self.bits, self.shape)
+
+    def ranks(self, keep: bool) -> Tensor:
+        """``block_ranks`` of the present mask, kept until it changes: 4 bytes for 1024 entries."""
+        known = self._ranks.get(keep)
+        if known is None or known[0] != self.mask_version or known[1].device != self.bits.device:
+            known = (self.mask_version, block_ranks(self.bits, self.numel, keep))
+            self._ranks[keep] = known
+        return known[1]
+
+    def gather(self, x: Tensor, keep: bool) -> Tensor:
+        """The entries of ``x`` (shape of the weight) on one side of the mask, as a vector."""
+        count = self.nnz if keep else self.numel - self.nnz
+        ranks = self.ranks(keep) if x.is_cuda else None
+        side: Tensor = gather_by_rank(x, self.bits, keep, count, ranks)
+        return side
+
+    def scatter_(self, x: Tensor, values: Tensor, keep: bool) -> None:
+        """Write ``values`` into one side of the mask of ``x``, in place."""
+        scatter_by_rank_(x, values, self.bits, keep, self.ranks(keep) if x.is_cuda else None)
 
     def set_mask(self, mask: Tensor) -> None:
         """Change the mask's contents in place; graphs that hold ``bits`` see the new ones."""

@@ -96,23 +96,29 @@ def _scatter_kernel(
     tl.store(x_ptr + offs, value.to(x_ptr.dtype.element_ty), mask=chosen)
 
 
-def gather_by_rank_triton(x: Tensor, bits: Tensor, keep: bool, out: Tensor) -> None:
+def gather_by_rank_triton(
+    x: Tensor, bits: Tensor, keep: bool, out: Tensor, ranks: Tensor | None = None
+) -> None:
     """Launch the kernel on a contiguous ``x``; writes all of ``out``."""
-    ranks = block_ranks(bits, x.numel(), keep)
+    ranks = block_ranks(bits, x.numel(), keep) if ranks is None else ranks
     grid = (cdiv(x.numel(), BLOCK),)
     _gather_kernel[grid](x, bits, ranks, out, x.numel(), KEEP=keep, BLOCK=BLOCK)
 
 
-def scatter_by_rank_triton(x: Tensor, values: Tensor, bits: Tensor, keep: bool) -> None:
+def scatter_by_rank_triton(
+    x: Tensor, values: Tensor, bits: Tensor, keep: bool, ranks: Tensor | None = None
+) -> None:
     """Launch the kernel on contiguous ``x`` and ``values``."""
-    ranks = block_ranks(bits, x.numel(), keep)
+    ranks = block_ranks(bits, x.numel(), keep) if ranks is None else ranks
     grid = (cdiv(x.numel(), BLOCK),)
     _scatter_kernel[grid](x, values, bits, ranks, x.numel(), KEEP=keep, BLOCK=BLOCK)
 
 
 # -- operators -------------------------------------------------------------------------------
 @torch.library.custom_op("resu_compile::gather_by_rank", mutates_args=())
-def gather_by_rank(x: Tensor, bits: Tensor, keep: bool, count: int) -> Tensor:
+def gather_by_rank(
+    x: Tensor, bits: Tensor, keep: bool, count: int, ranks: Tensor | None = None
+) -> Tensor:
     """The entries of ``x`` on one side of the mask, in row-major order.
 
     Args:
@@ -120,6 +126,7 @@ def gather_by_rank(x: Tensor, bits: Tensor, keep: bool, count: int) -> Tensor:
         bits: uint8, packed mask of ``x.numel()`` elements in row-major order.
         keep: True takes the active set, False the pruned set (Phi inverse).
         count: how many there are; on CUDA, counting would stall the device.
+        ranks: ``block_ranks(bits, x.numel(), keep)`` if known; saves a dozen launches on CUDA.
 
     Returns:
         Tensor of shape ``[count]``, dtype of ``x``.
@@ -130,7 +137,7 @@ def gather_by_rank(x: Tensor, bits: Tensor, keep: bool, count: int) -> Tensor:
     check_bits(bits, x.numel())
     if x.is_cuda and HAS_TRITON and x.is_contiguous() and x.numel():
         out = torch.empty(count, dtype=x.dtype, device=x.device)
-        gather_by_rank_triton(x, bits, keep, out)
+        gather_by_rank_triton(x, bits, keep, out, ranks)
         return out
     values = gather_by_rank_reference(x, bits, keep)
     if values.numel() != count:
@@ -141,13 +148,17 @@ def gather_by_rank(x: Tensor, bits: Tensor, keep: bool, count: int) -> Tensor:
 
 
 @gather_by_rank.register_fake
-def _gather_by_rank_fake(x: Tensor, bits: Tensor, keep: bool, count: int) -> Tensor:
+def _gather_by_rank_fake(
+    x: Tensor, bits: Tensor, keep: bool, count: int, ranks: Tensor | None = None
+) -> Tensor:
     check_bits(bits, x.numel())
     return x.new_empty(count)
 
 
 @torch.library.custom_op("resu_compile::scatter_by_rank_", mutates_args=("x",))
-def scatter_by_rank_(x: Tensor, values: Tensor, bits: Tensor, keep: bool) -> None:
+def scatter_by_rank_(
+    x: Tensor, values: Tensor, bits: Tensor, keep: bool, ranks: Tensor | None = None
+) -> None:
     """Write ``values`` in place into one side of the mask; the other side is not touched.
 
     Args:
@@ -155,13 +166,14 @@ def scatter_by_rank_(x: Tensor, values: Tensor, bits: Tensor, keep: bool) -> Non
         values: ``[count]``, one entry a place of that side; rounded to the dtype of ``x``.
         bits: uint8, packed mask of ``x.numel()`` elements in row-major order.
         keep: True writes the active set, False the pruned set (Phi).
+        ranks: ``block_ranks(bits, x.numel(), keep)`` if known.
 
     Raises:
         ArgumentError: bits of another size, or (on the CPU) another number of values.
     """
     check_bits(bits, x.numel())
     if x.is_cuda and HAS_TRITON and x.is_contiguous() and x.numel():
-        scatter_by_rank_triton(x, values.contiguous(), bits, keep)
+        scatter_by_rank_triton(x, values.contiguous(), bits, keep, ranks)
         return
     mask = unpack_mask(bits, x.shape)
     side = mask if keep else ~mask
@@ -175,5 +187,7 @@ def scatter_by_rank_(x: Tensor, values: Tensor, bits: Tensor, keep: bool) -> Non
 
 
 @scatter_by_rank_.register_fake
-def _scatter_by_rank_fake(x: Tensor, values: Tensor, bits: Tensor, keep: bool) -> None:
+def _scatter_by_rank_fake(
+    x: Tensor, values: Tensor, bits: Tensor, keep: bool, ranks: Tensor | None = None
+) -> None:
     check_bits(bits, x.numel())

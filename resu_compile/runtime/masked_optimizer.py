@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resu_compile.kernels.bit_rank import block_ranks, gather_by_rank, scatter_by_rank_
+from resu_compile.kernels.bit_rank import gather_by_rank, scatter_by_rank_
 from resu_compile.kernels.fused_update import STAY, Step, packed_adam
 from resu_compile.phase import Phase
 from resu_compile.runtime.optimizer_state import is_packed
@@ -101,7 +101,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
             state["exp_avg"],
             state["exp_avg_sq"],
             weight.bits,
-            self._ranks(weight),
+            weight.ranks(True),
             step,
             factor,
         )
@@ -128,14 +128,6 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 full = torch.zeros_like(parameter, dtype=value.dtype)
                 scatter_by_rank_(full, value, bits, True)
                 state[name] = full
-
-    def _ranks(self, weight: MaskedWeight) -> Tensor:
-        known: dict[str, tuple[Tensor, int, Tensor]] = self.__dict__.setdefault("_rank_cache", {})
-        found = known.get(weight.name)
-        if found is None or found[0] is not weight.bits or found[1] != weight.mask_version:
-            ranks = block_ranks(weight.bits, weight.numel, True)
-            found = known[weight.name] = (weight.bits, weight.mask_version, ranks)
-        return found[2]
 
     # -- the step count ----------------------------------------------------------------------------
     def _count_step(self, state: dict[str, Any]) -> int:

@@ -185,11 +185,11 @@ def test_both_storages_and_both_doors_make_the_same_steps(rule, optimizer, freez
 def test_compact_theta_is_finer_than_the_weight_that_shows_it():
     model, _, _ = run_phase("adamw", dtype=torch.bfloat16, storage="compact", lr=1e-4)
     resurrection = resu.controller(model).resurrection
-    state = resurrection.states["weight"]
+    theta = resurrection.thetas["weight"]
     mask = resu.controller(model).masks["weight"]
-    assert state.theta.dtype == torch.float32
-    assert torch.equal(state.theta.bfloat16(), model.weight.detach()[~mask])
-    assert not torch.equal(state.theta, state.theta.bfloat16().float())
+    assert theta.vector.dtype == torch.float32
+    assert torch.equal(theta.vector.bfloat16(), model.weight.detach()[~mask])
+    assert not torch.equal(theta.vector, theta.vector.bfloat16().float())
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -210,7 +210,7 @@ def test_the_means_live_in_the_optimizers_own_state():
         model, made, _ = run_phase(optimizer, rule="adam", lr=0.02)
         resurrection = resu.controller(model).resurrection
         mask = resu.controller(model).masks["weight"]
-        assert resurrection.states["weight"].buffers == {}
+        assert resurrection.thetas["weight"].buffers == {}
         state = made.state[model.weight]
         assert (state["exp_avg"][~mask] != 0).all()
         resu.controller(model).commit(budget=0.5)
@@ -223,7 +223,7 @@ def test_the_means_live_in_the_optimizers_own_state():
 def test_means_without_a_place_of_their_own_stay_beside():
     model, made, _ = run_phase("sgd", rule="adam", lr=0.02)
     mask = resu.controller(model).masks["weight"]
-    buffers = resu.controller(model).resurrection.states["weight"].buffers
+    buffers = resu.controller(model).resurrection.thetas["weight"].buffers
     assert set(buffers) == {"exp_avg", "exp_avg_sq"}
     assert (made.state[model.weight]["momentum_buffer"][~mask] == 0).all()
 
