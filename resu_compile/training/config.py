@@ -120,12 +120,14 @@ class TrainingConfig:
         initial_sparsity: before the first cycle, in [0, 1).
         schedule: how sparsity goes from the one to the other: a name of
             ``resu_compile.training.schedules.SHAPES``, one sparsity per cycle, or a function of t.
-        method: as in ``SparsityConfig``, and so are the next six.
+        method: as in ``SparsityConfig``, and so are the next seven.
         scope: where weights are ranked.
         distribution: how sparsity is spread over the layers.
         min_density: least density of a layer.
         overrides: name or glob -> sparsity of those weights at the highest sparsity of the run;
             at a lower one, in proportion. None with a sparsity that falls.
+        pattern: ``"N:M"`` from the first pruning on, with its ``sparsity``,
+            ``schedule="constant"`` and commits that keep it (``strategy="reprune"``).
         targets: what is pruned.
         exclude: what is left dense.
         resurrection: how theta is trained and committed; its ``budget`` gives way to the next two.
@@ -159,6 +161,7 @@ class TrainingConfig:
     distribution: Literal["uniform", "erk"] = "uniform"
     min_density: float = 0.01
     overrides: Mapping[str, float] = field(default_factory=dict)
+    pattern: str | None = None
     targets: Names | None = None
     exclude: Names | None = DEFAULT_EXCLUDE
     resurrection: ResurrectionConfig = field(default_factory=ResurrectionConfig)
@@ -200,7 +203,8 @@ class TrainingConfig:
                     "margin_end: expected None unless resurrection.kind is 'ceiling', which alone "
                     f"has a margin, got {self.margin_end!r}"
                 )
-        self.sparsity_config()
+        object.__setattr__(self, "sparsity", self.sparsity_config().sparsity)
+        self._check_pattern()
         if isinstance(self.targets, list):
             object.__setattr__(self, "targets", tuple(self.targets))
         if isinstance(self.exclude, list):
@@ -232,6 +236,21 @@ class TrainingConfig:
         _check_flag(self.compile, "compile")
         build_plan(self)
 
+    def _check_pattern(self) -> None:
+        if self.pattern is None:
+            return
+        for name, plain in (("schedule", "constant"), ("initial_sparsity", 0.0), ("densify", None)):
+            if getattr(self, name) != plain:
+                raise ArgumentError(
+                    f"{name}: expected {plain!r} with pattern={self.pattern!r}, which has one "
+                    f"sparsity only, got {getattr(self, name)!r}"
+                )
+        if self.cycle.resu > 0.0 and self.resurrection.strategy != "reprune":
+            raise ArgumentError(
+                f"resurrection.strategy: expected 'reprune' with pattern={self.pattern!r}, which "
+                f"the others break, got {self.resurrection.strategy!r}"
+            )
+
     def _check_overrides(self) -> None:
         path = (self.initial_sparsity, *cycle_sparsities(self))
         if self.overrides and any(after < before for before, after in pairwise(path)):
@@ -251,6 +270,7 @@ class TrainingConfig:
             exclude=self.exclude,
             overrides=self.overrides,
             min_density=self.min_density,
+            pattern=self.pattern,
             seed=self.seed,
         )
 

@@ -13,13 +13,14 @@ cycle.finish()
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from resu_compile.errors import ArgumentError, ArgumentTypeError
+from resu_compile.methods import is_calibrated
 from resu_compile.phase import Phase
 from resu_compile.pruning import sparsify
 from resu_compile.runtime.commit_report import CommitReport
@@ -108,8 +109,9 @@ class Cycle:
             part in it; they belong to ``Trainer``.
         on_event: called with each ``CycleEvent``, after it happened.
         on_pause: called as ``on_pause(model, cycle)`` at the pauses of a densification.
-        calibration: inputs that some methods and scores measure, as ``Controller.prune`` takes
-            them; used at each pruning, and at commits with ``score="wanda"``.
+        calibration: what a calibrated method or ``score="wanda"`` measures, as in ``sparsify``:
+            batches that can be iterated at each pruning and commit anew, or a function
+            ``forward_loop(model)``.
 
     Attributes:
         model: the model.
@@ -137,6 +139,7 @@ class Cycle:
             raise ArgumentTypeError(
                 f"config: expected a TrainingConfig, got {type(config).__name__}"
             )
+        _check_calibration(config, calibration)
         self.model = model
         self.config = config
         self.plan: Plan = build_plan(config)
@@ -274,10 +277,10 @@ class Cycle:
     def _prune(self, controller: Controller, span: Span) -> None:
         config = self.config
         highest = max(config.initial_sparsity, *self.sparsities)
-        given = {} if self._calibration is None else {"calibration": self._calibration}
         report = controller.prune(
             span.sparsity,
-            **given,
+            calibration=self._calibration if is_calibrated(config.method) else None,
+            pattern=config.pattern,
             method=config.method,
             scope=config.scope,
             distribution=config.distribution,
@@ -300,7 +303,7 @@ class Cycle:
             options: dict[str, Any] = {"sparsity": target} if target < span.sparsity else {}
             if callable(self.config.resurrection.score):  # a resumed phase has lost it
                 options["score"] = self.config.resurrection.score
-            if self.config.resurrection.score == "wanda":
+            if _commit_measures(self.config):
                 options["calibration"] = self._calibration
             report = controller.commit(**options)
             committed = report.as_dict()
@@ -372,3 +375,32 @@ class Cycle:
         self._pruned = state["pruned"]
         self.history = [CycleStats(**stats) for stats in state["history"]]
         self._position = sum(span.stop <= self.step_index for span in self.plan)
+
+
+def _commit_measures(config: TrainingConfig) -> bool:
+    """Whether a commit looks at calibration data."""
+    theta = config.resurrection
+    by_method = theta.strategy == "reprune" and is_calibrated(config.method)
+    return by_method or (theta.strategy == "amnesty" and theta.score == "wanda")
+
+
+def _check_calibration(config: TrainingConfig, calibration: object) -> None:
+    """Raise an error now, not at the first pruning, which may be hours away."""
+    commits = config.cycle.resu > 0.0 and _commit_measures(config)
+    needed = is_calibrated(config.method) or commits
+    if needed and calibration is None:
+        raise ArgumentError(
+            f"calibration: expected data for method {config.method!r} and score "
+            f"{config.resurrection.score!r}, got None; give batches or a function "
+            "forward_loop(model)"
+        )
+    if calibration is not None and not needed:
+        raise ArgumentError(
+            f"calibration: expected None with method {config.method!r} and score "
+            f"{config.resurrection.score!r}, which look at no data"
+        )
+    if isinstance(calibration, Iterator):
+        raise ArgumentTypeError(
+            "calibration: expected batches that can be iterated at each pruning anew, got a "
+            f"{type(calibration).__name__}, which runs out; pass a list"
+        )

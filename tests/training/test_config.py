@@ -224,6 +224,13 @@ def test_a_yaml_file_cannot_make_objects(tmp_path):
         ({"autocast": torch.bfloat16}, ArgumentError, "autocast: "),
         ({"evaluate_every": 0}, ArgumentError, "evaluate_every: "),
         ({"method": "magnitud"}, ArgumentError, "unknown method"),
+        ({"pattern": "2:4"}, ArgumentError, "sparsity: expected None or 0.5 with pattern"),
+        ({"pattern": "2:4", "sparsity": 0.5}, ArgumentError, "schedule: expected 'constant'"),
+        (
+            {"pattern": "2:4", "sparsity": 0.5, "schedule": "constant"},
+            ArgumentError,
+            r"resurrection\.strategy: expected 'reprune' with pattern='2:4'",
+        ),
         ({"cycle": (0.6, 0.1, 0.3)}, ArgumentTypeError, "cycle: expected a CycleShares"),
         ({"resurrection": 1e-3}, ArgumentTypeError, "resurrection: expected a Resurrect"),
         ({"early_stop": "loss"}, ArgumentTypeError, "early_stop: expected a EarlyStop"),

@@ -206,6 +206,56 @@ def test_a_sparsified_model_keeps_its_controller():
     assert {name: int(m.sum()) for name, m in before.masks.items()} == {"0.weight": 32}
 
 
+def test_a_pattern_holds_from_the_first_pruning_on():
+    model = make_model()
+    settings = config(
+        pattern="2:4",
+        sparsity=0.5,
+        schedule="constant",
+        resurrection=ResurrectionConfig(strategy="reprune"),
+    )
+    cycle = Cycle(model, settings)
+    kept = []
+
+    def look(_event):
+        kept.extend(m.unflatten(1, (-1, 4)).sum(2) for m in cycle.controller.masks.values())
+
+    cycle._on_event = look
+    drive(model, cycle, make_batches())
+    assert len(kept) == 2 * 4  # one pruning, three commits
+    assert all(bool((groups == 2).all()) for groups in kept)
+
+
+@pytest.mark.parametrize(
+    ("changes", "measured"),
+    [
+        ({"method": "wanda"}, 3),
+        ({"resurrection": ResurrectionConfig(score="wanda")}, 3),
+        ({"method": "wanda", "resurrection": ResurrectionConfig(strategy="reprune")}, 6),
+    ],
+)
+def test_calibration_data_are_measured_where_they_are_needed(changes, measured):
+    model, calls = make_model(), []
+
+    def forward_loop(model):
+        calls.append(model)
+        for inputs, _ in make_batches():
+            model(inputs)
+
+    drive(model, Cycle(model, config(**changes), calibration=forward_loop), make_batches())
+    assert len(calls) == measured
+    assert resu.controller(model).sparsity == pytest.approx(0.75, abs=0.05)
+
+
+def test_missing_and_useless_calibration_is_refused_at_once():
+    with pytest.raises(ArgumentError, match="calibration: expected data for method 'wanda'"):
+        Cycle(make_model(), config(method="wanda"))
+    with pytest.raises(ArgumentError, match="calibration: expected None with method 'magnitude'"):
+        Cycle(make_model(), config(), calibration=[torch.randn(2, 8)])
+    with pytest.raises(ArgumentTypeError, match="got a list_iterator, which runs out"):
+        Cycle(make_model(), config(method="wanda"), calibration=iter([torch.randn(2, 8)]))
+
+
 # -- densification -----------------------------------------------------------------------------
 def test_densification_falls_pauses_and_ends_plain():
     model, keys = make_model(), list(make_model().state_dict())
