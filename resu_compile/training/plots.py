@@ -41,6 +41,7 @@ LOOK = {
 }
 MAX_LAYERS = 60
 MAX_MASKS = 4
+MAX_NUMBERS = 12  # cycles whose numbers have room beside each other
 LOG_FROM = 20.0  # a loss that falls by more than this factor is drawn on a logarithmic axis
 DPI = 130
 
@@ -273,7 +274,8 @@ def _resurrection(pyplot: Any, records: Sequence[Record]) -> Figure | None:
     _line(top, cycles, [100.0 * t["churn"] for t in totals], RED, "o", CHURN)
     _line(top, cycles, [100.0 * resurrection_rate(t) for t in totals], BLUE, "s", RATE)
     highest = max(100.0 * max(t["churn"], resurrection_rate(t)) for t in totals)
-    for cycle, counts in zip(cycles, totals, strict=True):
+    every = 1 + (len(cycles) - 1) // MAX_NUMBERS
+    for cycle, counts in list(zip(cycles, totals, strict=True))[::every]:
         height = 100.0 * max(counts["churn"], resurrection_rate(counts))
         top.annotate(
             f"{counts['resurrected']:,}",
@@ -331,10 +333,12 @@ def _layers(pyplot: Any, records: Sequence[Record]) -> Figure | None:
         [100.0 * churn.get(r["cycle"], {}).get(name, {}).get("churn", 0.0) for r in columns]
         for name in names
     ]
+    column = 0.9 if len(columns) <= MAX_NUMBERS else 0.3
+    labels = 0.08 * max(map(len, names))
     figure, axes = pyplot.subplots(
         1,
         2,
-        figsize=(5.4 + 0.9 * len(columns) + 0.08 * max(map(len, names)), 1.9 + 0.32 * len(names)),
+        figsize=(5.4 + column * len(columns) + labels, 1.9 + 0.32 * len(names)),
         sharey=True,
         layout="constrained",
     )
@@ -366,7 +370,7 @@ def _heat(
     every = 1 + (len(cycles) - 1) // 15
     axis.set_xticks(range(0, len(cycles), every), [str(c) for c in cycles[::every]])
     figure.colorbar(image, ax=axis, label=label)
-    if len(cycles) > 12:
+    if len(cycles) > MAX_NUMBERS:
         return
     middle = 0.5 * (limits[0] + limits[1])
     for y, row in enumerate(rows):
