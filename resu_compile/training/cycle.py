@@ -13,7 +13,7 @@ cycle.finish()
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from resu_compile.pruning import sparsify
 from resu_compile.runtime.commit_report import CommitReport
 from resu_compile.runtime.controller import Controller, ResurrectionPhase, find_controller
 from resu_compile.training.config import TrainingConfig
+from resu_compile.training.data_needs import check_calibration, commit_measures
 from resu_compile.training.densify import Pause
 from resu_compile.training.plan import (
     Plan,
@@ -139,7 +140,7 @@ class Cycle:
             raise ArgumentTypeError(
                 f"config: expected a TrainingConfig, got {type(config).__name__}"
             )
-        _check_calibration(config, calibration)
+        check_calibration(config, calibration)
         self.model = model
         self.config = config
         self.plan: Plan = build_plan(config)
@@ -303,7 +304,7 @@ class Cycle:
             options: dict[str, Any] = {"sparsity": target} if target < span.sparsity else {}
             if callable(self.config.resurrection.score):  # a resumed phase has lost it
                 options["score"] = self.config.resurrection.score
-            if _commit_measures(self.config):
+            if commit_measures(self.config):
                 options["calibration"] = self._calibration
             report = controller.commit(**options)
             committed = report.as_dict()
@@ -375,32 +376,3 @@ class Cycle:
         self._pruned = state["pruned"]
         self.history = [CycleStats(**stats) for stats in state["history"]]
         self._position = sum(span.stop <= self.step_index for span in self.plan)
-
-
-def _commit_measures(config: TrainingConfig) -> bool:
-    """Whether a commit looks at calibration data."""
-    theta = config.resurrection
-    by_method = theta.strategy == "reprune" and is_calibrated(config.method)
-    return by_method or (theta.strategy == "amnesty" and theta.score == "wanda")
-
-
-def _check_calibration(config: TrainingConfig, calibration: object) -> None:
-    """Raise an error now, not at the first pruning, which may be hours away."""
-    commits = config.cycle.resu > 0.0 and _commit_measures(config)
-    needed = is_calibrated(config.method) or commits
-    if needed and calibration is None:
-        raise ArgumentError(
-            f"calibration: expected data for method {config.method!r} and score "
-            f"{config.resurrection.score!r}, got None; give batches or a function "
-            "forward_loop(model)"
-        )
-    if calibration is not None and not needed:
-        raise ArgumentError(
-            f"calibration: expected None with method {config.method!r} and score "
-            f"{config.resurrection.score!r}, which look at no data"
-        )
-    if isinstance(calibration, Iterator):
-        raise ArgumentTypeError(
-            "calibration: expected batches that can be iterated at each pruning anew, got a "
-            f"{type(calibration).__name__}, which runs out; pass a list"
-        )

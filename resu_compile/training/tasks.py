@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from resu_compile.errors import ArgumentError, ArgumentTypeError, check_choice, check_known_keys
 from resu_compile.training.batches import Batches
-from resu_compile.training.trainer import Evaluate, LossFn
+from resu_compile.training.stepper import LossFn
+from resu_compile.training.trainer import Evaluate
 
 if TYPE_CHECKING:
     from resu_compile.demo.tasks import Task

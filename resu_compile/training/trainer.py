@@ -20,13 +20,12 @@ from resu_compile.training.batches import Batches, BatchStream
 from resu_compile.training.callbacks import Callback, ProgressBar
 from resu_compile.training.config import TrainingConfig
 from resu_compile.training.cycle import Cycle, CycleEvent, CycleStats
-from resu_compile.training.losses import LossWatch
 from resu_compile.training.patience import Patience
 from resu_compile.training.plan import Span, Stage
 from resu_compile.training.random_state import random_state, restore_random_state
 from resu_compile.training.stats import Record, StatsWriter, layer_sparsities, mask_picture
+from resu_compile.training.stepper import LossFn, Stepper
 
-LossFn = Callable[[nn.Module, Any], Tensor]
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 STATE_VERSION = 1
 
@@ -117,10 +116,7 @@ class Trainer:
         self._batches: BatchStream | None = None
         self._batches_state: Mapping[str, Any] | None = None
         self._random: Mapping[str, Any] | None = None
-        self._watch = LossWatch()
-        self._device = next(model.parameters()).device
-        scaled = config.autocast == "float16"
-        self._scaler = torch.amp.GradScaler(self._device.type, enabled=scaled)
+        self._stepper = Stepper(model, optimizer, loss_fn, config, scheduler)
 
     @property
     def stats(self) -> list[Record]:
@@ -178,9 +174,10 @@ class Trainer:
     def _step(self) -> None:
         cycle, config = self.cycle, self.config
         span, done = cycle.span, cycle.step_index + 1
-        loss = self._optimize(done)
+        assert self._batches is not None
+        loss = self._stepper.step(self._batches, done)
         if done % config.log_every == 0 or done == span.stop:
-            self._watch.check()  # before a pruning, which would name the weight, not the step
+            self._stepper.watch.check()  # before a pruning, which would name no step
             self._log(loss, span, done)
         for callback in self.callbacks:
             callback.on_step(self, loss)
@@ -194,35 +191,6 @@ class Trainer:
         checkpoint = config.checkpoint
         if checkpoint is not None and (done % checkpoint.every == 0 or last or self._stopped):
             self.save()
-
-    def _optimize(self, step: int) -> Tensor:
-        """One optimizer step; the mean loss of its batches, shape ()."""
-        assert self._batches is not None
-        config, scaler = self.config, self._scaler
-        total: Tensor | None = None
-        for _ in range(config.accumulate):
-            batch = self._batches.next()
-            with self._autocast():
-                loss = self.loss_fn(self.model, batch)
-            self._watch.see(loss, step)
-            share = loss / config.accumulate if config.accumulate > 1 else loss
-            scaler.scale(share).backward()
-            total = share.detach() if total is None else total + share.detach()
-        if config.clip_norm is not None:
-            scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
-        scaler.step(self.optimizer)
-        scaler.update()
-        if self.scheduler is not None:
-            self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        assert total is not None
-        return total
-
-    def _autocast(self) -> torch.autocast:
-        dtype = torch.float16 if self.config.autocast == "float16" else torch.bfloat16
-        enabled = self.config.autocast is not None
-        return torch.autocast(self._device.type, dtype, enabled=enabled)
 
     def _log(self, loss: Tensor, span: Span, step: int) -> None:
         controller = self.cycle.controller
@@ -242,8 +210,8 @@ class Trainer:
             return
         self.model.eval()
         try:
-            # eagerly: a score on the way is not worth another compilation
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"), self._autocast():
+            eager = torch.compiler.set_stance("force_eager")  # not worth another compilation
+            with torch.no_grad(), eager, self._stepper.autocast():
                 found = self.evaluate(self.model)
         finally:
             self.model.train()
@@ -335,7 +303,7 @@ class Trainer:
             "batches": batches,
             "cycle": self.cycle.state_dict(),
             "controller": None if controller is None else controller.state_dict(),
-            "scaler": self._scaler.state_dict(),
+            "scaler": self._stepper.scaler.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "rng": random_state(),
             "early_stop": None if patience is None else [patience.best, patience.waited],
@@ -369,8 +337,8 @@ class Trainer:
                 controller.release()
             else:
                 controller.load_state_dict(state["controller"])
-        if self._scaler.is_enabled() and state["scaler"]:
-            self._scaler.load_state_dict(state["scaler"])
+        if self._stepper.scaler.is_enabled() and state["scaler"]:
+            self._stepper.scaler.load_state_dict(state["scaler"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(dict(state["scheduler"]))
         if self._patience is not None and state["early_stop"] is not None:
@@ -391,7 +359,7 @@ class Trainer:
         """
         from resu_compile.training.checkpoint import save_checkpoint
 
-        self._watch.check()
+        self._stepper.watch.check()
         where = self._checkpoint()
         state = {
             "model": self.model.state_dict(),

@@ -133,7 +133,7 @@ def test_autocast_reaches_the_model_and_keeps_the_zeros(dtype):
     result = trainer.fit(make_batches())
     assert seen == {getattr(torch, dtype)}
     assert [r["metrics"]["bits"] for r in result.stats if r["event"] == "evaluation"] == [16.0]
-    assert trainer._scaler.is_enabled() is (dtype == "float16")
+    assert trainer._stepper.scaler.is_enabled() is (dtype == "float16")
     assert model[0].weight.dtype == torch.float32
     assert resu.controller(model).sparsity == 0.75
     assert int(model[0].weight.eq(0).sum()) == 96

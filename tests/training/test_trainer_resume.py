@@ -121,6 +121,13 @@ def test_a_resumed_run_in_float16_is_the_same_run():
     check_resume(12, "float16")
 
 
+@pytest.mark.parametrize("storage", ["inplace", "compact"])
+@pytest.mark.parametrize("rule", ["selective", "subset", "momentum", "sgd"])
+def test_a_resumed_resu_phase_is_the_same_by_every_rule(rule, storage):
+    theta = ResurrectionConfig(lr=0.05, rule=rule, storage=storage, init="normal")
+    check_resume(12, resurrection=theta)
+
+
 def test_a_resumed_densification_is_the_same_run():
     check_resume(21, sparsity=0.0, densify=Densification(start=0.6))
     check_resume(37, sparsity=0.0, densify=Densification(start=0.6))

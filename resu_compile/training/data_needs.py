@@ -1,0 +1,38 @@
+"""Whether a plan looks at calibration data, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from resu_compile.errors import ArgumentError, ArgumentTypeError
+from resu_compile.methods import is_calibrated
+from resu_compile.training.config import TrainingConfig
+
+
+def commit_measures(config: TrainingConfig) -> bool:
+    """Whether a commit looks at calibration data."""
+    theta = config.resurrection
+    by_method = theta.strategy == "reprune" and is_calibrated(config.method)
+    return by_method or (theta.strategy == "amnesty" and theta.score == "wanda")
+
+
+def check_calibration(config: TrainingConfig, calibration: object) -> None:
+    """Raise an error now, not at the first pruning, which may be hours away."""
+    commits = config.cycle.resu > 0.0 and commit_measures(config)
+    needed = is_calibrated(config.method) or commits
+    if needed and calibration is None:
+        raise ArgumentError(
+            f"calibration: expected data for method {config.method!r} and score "
+            f"{config.resurrection.score!r}, got None; give batches or a function "
+            "forward_loop(model)"
+        )
+    if calibration is not None and not needed:
+        raise ArgumentError(
+            f"calibration: expected None with method {config.method!r} and score "
+            f"{config.resurrection.score!r}, which look at no data"
+        )
+    if isinstance(calibration, Iterator):
+        raise ArgumentTypeError(
+            "calibration: expected batches that can be iterated at each pruning anew, got a "
+            f"{type(calibration).__name__}, which runs out; pass a list"
+        )
