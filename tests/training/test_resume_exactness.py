@@ -80,13 +80,15 @@ class NoiseCallback(Callback):
         torch.rand(1)
 
 
-def make_trainer(optimizer, **changes):
-    model = make_model(dropout=0.3)
+def make_trainer(optimizer, *, dtype=torch.float32, frozen=None, **changes):
+    model = make_model(dropout=0.3).to(dtype)
+    if frozen is not None:
+        model[frozen].requires_grad_(requires_grad=False)
     made = OPTIMIZERS[optimizer](model.parameters())
     return Recorder(
         model,
         made,
-        loss_fn,
+        lambda model, batch: loss_fn(model, [part.to(dtype) for part in batch]),
         config(
             checkpoint=CheckpointConfig("unused", every=1), cycle=CycleShares(3, 2, 4), **changes
         ),
@@ -193,14 +195,7 @@ def test_plans(plan):
 
 @pytest.mark.parametrize("layer", [0, 3])
 def test_bfloat16_and_a_layer_without_gradient(layer):
-    def make():
-        trainer = make_trainer("adamw")
-        trainer.model.to(torch.bfloat16)
-        trainer.model[layer].requires_grad_(requires_grad=False)
-        trainer.loss_fn = lambda model, batch: loss_fn(model, [part.bfloat16() for part in batch])
-        return trainer
-
-    whole, resumed = make(), make()
+    whole, resumed = (make_trainer("adamw", dtype=torch.bfloat16, frozen=layer) for _ in range(2))
     whole.fit(make_loader())
     resumed.load(whole.saved[17])
     resumed.fit(make_loader())
