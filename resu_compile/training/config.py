@@ -227,6 +227,11 @@ class TrainingConfig:
             check_integer(self.evaluate_every, name="evaluate_every", minimum=1)
         if self.early_stop is not None:
             _check_type(self.early_stop, EarlyStop, "early_stop")
+            if self.evaluate_every is None:
+                raise ArgumentError(
+                    "evaluate_every: expected a number of steps with early_stop, which looks at "
+                    "evaluations, got None"
+                )
         if self.checkpoint is not None:
             _check_type(self.checkpoint, CheckpointConfig, "checkpoint")
         if self.stats is not None:

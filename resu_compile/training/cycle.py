@@ -254,7 +254,7 @@ class Cycle:
         if controller.phase is Phase.RESU:
             self._leave(self.span)
         if self.config.densify is not None and controller.sparsity == self.config.sparsity == 0.0:
-            return controller.release()
+            controller.release()
         return self.model
 
     def _enter(self, span: Span) -> None:

@@ -111,15 +111,15 @@ def mask_picture(controller: Controller) -> Record | None:
     """Densities of the first weight's mask in blocks, at most 64 by 64 of them.
 
     Returns:
-        ``name``, ``shape`` and ``density``, rows of block densities in [0, 1]; None without
-        weights.
+        ``name``, ``shape`` and ``density``, rows of block densities in [0, 1] to four decimals;
+        None without weights.
     """
     for name, weight in controller.weights.items():
         mask = weight.mask.flatten(1) if len(weight.shape) > 1 else weight.mask.reshape(1, -1)
         return {
             "name": name,
             "shape": list(weight.shape),
-            "density": block_density(mask).tolist(),
+            "density": [[round(share, 4) for share in row] for row in block_density(mask).tolist()],
         }
     return None
 

@@ -233,6 +233,7 @@ def test_a_yaml_file_cannot_make_objects(tmp_path):
         ),
         ({"cycle": (0.6, 0.1, 0.3)}, ArgumentTypeError, "cycle: expected a CycleShares"),
         ({"resurrection": 1e-3}, ArgumentTypeError, "resurrection: expected a Resurrect"),
+        ({"early_stop": EarlyStop("loss")}, ArgumentError, "evaluate_every: expected a number"),
         ({"early_stop": "loss"}, ArgumentTypeError, "early_stop: expected a EarlyStop"),
         ({"checkpoint": "folder"}, ArgumentTypeError, "checkpoint: expected a Checkpoint"),
         ({"stats": 3}, ArgumentTypeError, "stats: expected a path"),

@@ -125,6 +125,15 @@ def test_large_masks_are_at_most_64_blocks_wide():
     assert found[0, 0] == mask[:4, :3].double().mean()
 
 
+def test_densities_are_rounded():
+    model = torch.nn.Linear(130, 200)
+    resu.sparsify(model, sparsity=0.5, compile=False)
+    mask = resu.controller(model).masks["weight"]
+    found = torch.tensor(mask_picture(resu.controller(model))["density"], dtype=torch.float64)
+    assert len(str(found[0, 0].item())) <= 6
+    torch.testing.assert_close(found, block_density(mask), rtol=0, atol=5.1e-5)
+
+
 def test_a_mask_of_more_dimensions_is_shown_flat():
     model = torch.nn.Conv2d(2, 3, 3)
     resu.sparsify(model, sparsity=0.5, compile=False)
