@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from resu_compile.errors import ArgumentError, check_integer
-from resu_compile.sparsity import only_at
 
 
 @dataclass(frozen=True)
@@ -119,26 +118,45 @@ def _product(sizes: Iterable[int]) -> int:
 
 
 # -- masks -------------------------------------------------------------------------------------
-def lowest_pruned(score: Tensor, count: int) -> Tensor:
+def lowest_pruned(score: Tensor, count: int, active: Tensor | None = None) -> Tensor:
     """False at the ``count`` lowest of each row; ties: the lower index is pruned first.
 
     Args:
         score: (..., columns), free of NaN.
         count: entries to prune in each row, in [0, columns].
+        active: bool, shape of ``score``; other places are pruned before these.
 
     Returns:
         bool mask of the shape of ``score``, True = kept.
     """
-    order = torch.argsort(score, dim=-1, stable=True)
+    order = _inactive_first(torch.argsort(score, dim=-1, stable=True), active)
     mask = torch.ones_like(score, dtype=torch.bool)
     return mask.scatter_(-1, order[..., :count], False)
 
 
-def highest_kept(score: Tensor, count: int) -> Tensor:
-    """True at the ``count`` highest of each row; ties: the lower index is kept first."""
+def highest_kept(score: Tensor, count: int, active: Tensor | None = None) -> Tensor:
+    """True at the ``count`` highest of each row; ties: the lower index is kept first.
+
+    Args:
+        score: (..., columns), free of NaN.
+        count: entries to keep in each row, in [0, columns].
+        active: bool, shape of ``score``; other places are kept after these.
+
+    Returns:
+        bool mask of the shape of ``score``, True = kept.
+    """
     order = torch.argsort(score, dim=-1, descending=True, stable=True)
+    order = _inactive_first(order, None if active is None else ~active)
     mask = torch.zeros_like(score, dtype=torch.bool)
     return mask.scatter_(-1, order[..., :count], True)
+
+
+def _inactive_first(order: Tensor, active: Tensor | None) -> Tensor:
+    """``order`` (..., columns) with all places outside of ``active`` moved to the front."""
+    if active is None:
+        return order
+    later = active.gather(-1, order).to(torch.uint8)
+    return order.gather(-1, torch.argsort(later, dim=-1, stable=True))
 
 
 def row_mask(
@@ -155,8 +173,9 @@ def row_mask(
     Returns:
         bool mask of the shape of the weight, True = kept.
     """
-    rows = layout.to_rows(_active_first(score, active))
-    return layout.from_rows(lowest_pruned(rows, int(layout.in_features * sparsity)))
+    first = None if active is None else layout.to_rows(active.to(score.device))
+    count = int(layout.in_features * sparsity)
+    return layout.from_rows(lowest_pruned(layout.to_rows(score), count, first))
 
 
 def pattern_mask(
@@ -181,13 +200,17 @@ def pattern_mask(
     Returns:
         bool mask of the shape of the weight, True = kept.
     """
-    rows = layout.to_rows(_active_first(score, active), channels_last=True)
-    groups = rows.reshape(-1, pattern.group)
+
+    def grouped(tensor: Tensor) -> Tensor:
+        return layout.to_rows(tensor, channels_last=True).reshape(-1, pattern.group)
+
+    groups = grouped(score)
+    first = None if active is None else grouped(active.to(score.device))
     if keep_lower:
-        kept = highest_kept(groups, pattern.keep)
+        kept = highest_kept(groups, pattern.keep, first)
     else:
-        kept = lowest_pruned(groups, pattern.group - pattern.keep)
-    return layout.from_rows(kept.reshape(rows.shape), channels_last=True)
+        kept = lowest_pruned(groups, pattern.group - pattern.keep, first)
+    return layout.from_rows(kept.reshape(-1, layout.in_features), channels_last=True)
 
 
 def check_divisible(name: str, layout: RowLayout, pattern: Pattern) -> None:
@@ -198,7 +221,3 @@ def check_divisible(name: str, layout: RowLayout, pattern: Pattern) -> None:
             f"pattern: expected {what} divisible by {pattern.group} for '{pattern}', but {name} of "
             f"shape {layout.shape} has {layout.group_length}; leave it out with exclude={name!r}"
         )
-
-
-def _active_first(score: Tensor, active: Tensor | None) -> Tensor:
-    return score if active is None else only_at(score, active.to(score.device))

@@ -1,25 +1,27 @@
 """Block by block: gather, prune, go on with the outputs of the pruned block.
 
     for each block:
-        run the data through the model; hooks and operators of this block alone are looked at
+        run the data through the model; only products with weights of this block are looked at
         masks of its weights; zeros into the weights
 
 What comes later therefore sees the outputs of what was pruned before. The memory in use is that of
-the statistics of one block. Weights are put back if anything fails.
+the statistics of one block. Blocks that follow one another run alone, on stored inputs (replay.py),
+with the same result: the memory is then also that of the inputs of one block for all batches.
+Weights are put back if anything fails.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
-from resu_compile.calibration.block import Block, PruneRequest
-from resu_compile.calibration.blocks import find_blocks
+from resu_compile.calibration.block import Block, PruneRequest, Run
+from resu_compile.calibration.blocks import BlockSpec, find_blocks
 from resu_compile.calibration.context import Journal, calibrating
-from resu_compile.calibration.data import Calibration, as_loop
+from resu_compile.calibration.data import Batches, Calibration, Loop, as_loop
 from resu_compile.calibration.observer import Observer
+from resu_compile.calibration.replay import Replay, find_links
 from resu_compile.errors import ArgumentError
 from resu_compile.methods.registry import CalibratedMethod
 from resu_compile.selection import NamedWeight
@@ -59,8 +61,8 @@ def calibrated_masks(
     masks: dict[str, Tensor] = {}
     try:
         with calibrating(model):
-            for spec in specs:
-                block = Block(spec, request, lambda: _run(loop, model), journal)
+            for spec, run in _runs(specs, model, loop):
+                block = Block(spec, request, run, journal)
                 found = method.prune(block)
                 for name, mask in found.items():
                     journal.prune(block.weights[name], mask)
@@ -69,6 +71,36 @@ def calibrated_masks(
         journal.restore()
         raise
     return {weight.name: masks[weight.name] for weight in weights}
+
+
+def _runs(
+    specs: Sequence[BlockSpec], model: nn.Module, loop: Loop
+) -> Iterator[tuple[BlockSpec, Run]]:
+    """Each part with the function that runs the data through it; pruned before the next is asked.
+
+    Args:
+        specs: the parts, in order.
+        model: the root.
+        loop: runs the model on the data.
+    """
+    modules = [spec.module for spec in specs if spec.module is not model]
+    replay: Replay | None = None
+    tried = False
+
+    def through() -> None:
+        loop(model)
+
+    for spec in specs:
+        if spec.module is model or len(modules) < 2 or not isinstance(loop, Batches):
+            yield spec, through
+            continue
+        if not tried:
+            tried = True
+            links = find_links(modules, model, loop.batches[0])
+            replay = None if links is None else Replay(modules, model, loop, links)
+        elif replay is not None:
+            replay.advance(spec.module)
+        yield spec, through if replay is None else replay.run
 
 
 def input_norms(
@@ -103,11 +135,5 @@ def input_norms(
     loop = as_loop(calibration)
     observer = Observer(parameters)
     with calibrating(model), observer.counting(model):
-        _run(loop, model)
-    return {name: found.norm for name, found in observer.statistics().items()}
-
-
-def _run(loop: object, model: nn.Module) -> None:
-    assert callable(loop)
-    with torch.inference_mode(False):
         loop(model)
+    return {name: found.norm for name, found in observer.statistics().items()}

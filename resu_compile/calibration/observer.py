@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resu_compile.calibration.statistics import (
@@ -79,14 +80,13 @@ class Observer(TorchDispatchMode):
         self._by_storage: dict[int, list[str]] = {}
         for name, entry in self._watched.items():
             self._by_storage.setdefault(_address(entry.parameter), []).append(name)
-        self._copies: dict[int, tuple[Tensor, str, int]] = {}
+        self._copies: dict[int, tuple[StorageWeakRef, str, int]] = {}  # autocast keeps casts
 
     @contextmanager
     def counting(self, module: nn.Module) -> Iterator[None]:
         """Observe; each call of ``module`` says how many samples it stands for."""
 
         def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._copies.clear()  # casts of weights that an earlier call made
             self.samples = count_samples(args, kwargs)
 
         handle = module.register_forward_pre_hook(before, with_kwargs=True)
@@ -133,8 +133,10 @@ class Observer(TorchDispatchMode):
         if not address:
             return None
         if address in self._copies:
-            _, name, shift = self._copies[address]
-            return name, int(tensor.storage_offset()) + shift
+            storage, name, shift = self._copies[address]
+            if not storage.expired():
+                return name, int(tensor.storage_offset()) + shift
+            del self._copies[address]  # other memory at the same address
         for name in self._by_storage.get(address, ()):
             weight = self._watched[name].parameter
             offset = int(tensor.storage_offset()) - int(weight.storage_offset())
@@ -153,7 +155,9 @@ class Observer(TorchDispatchMode):
         elif func is aten.convolution.default and position == 1 and not args[6]:
             self._convolution(name, offset, view, args)
         elif func in _COPIES and output.stride() == view.stride():
-            self._copies[_address(output)] = (output, name, offset - int(output.storage_offset()))
+            shift = offset - int(output.storage_offset())
+            reference = StorageWeakRef(output.untyped_storage())
+            self._copies[_address(output)] = (reference, name, shift)
         elif not (isinstance(output, Tensor) and _address(output) == _address(view)):
             self._watched[name].other_ops.add(str(func))
 
