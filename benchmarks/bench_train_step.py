@@ -8,7 +8,7 @@ plain ``torch.compile``, "sparse" the SPARSE phase at 70 %, "resu" a resurrectio
 which AdamW trains theta and the active weights alike; the others give theta a step of its own,
 beside active weights that train or are frozen. "resu.optim" steps them by
 ``resu_compile.optim.AdamW``, "packed" with moments for the active places only; the rest by torch's.
-Steps of all take turns.
+Steps of all take turns, in an order drawn anew for each round.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import functools
 import gc
 import math
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -69,8 +70,8 @@ class Size:
 # batch at which weights outweigh activations
 SIZES = (
     (
-        Size("GPT 124M, 32x1024 tokens", 12, 768, 12, 50304, 32, 1024, repeats=5, steps=4),
-        Size("GPT 0.4B, 8x1024 tokens", 8, 2048, 16, 50304, 8, 1024, repeats=5, steps=4),
+        Size("GPT 124M, 32x1024 tokens", 12, 768, 12, 50304, 32, 1024, repeats=11, steps=4),
+        Size("GPT 0.4B, 8x1024 tokens", 8, 2048, 16, 50304, 8, 1024, repeats=11, steps=4),
     )
     if CUDA
     else (Size("GPT 0.9M, 4x64 tokens", 4, 128, 4, 512, 4, 64, repeats=10, steps=4),)
@@ -212,10 +213,16 @@ def table_rows(size: Size) -> list[list[object]]:
         moments[impl] = state_bytes(optimizer)
         if CUDA:
             memory[impl] = peak_bytes(steps[impl], model, optimizer) / 2**30
+    gc.collect()
+    gc.disable()  # a collection of the compilers' graphs takes longer than a step
     samples: dict[str, list[float]] = {impl: [] for impl in IMPLS}
-    for _ in range(size.repeats):  # in turns: a drift of the clocks meets all alike
-        for impl, own in samples.items():
-            own.append(milliseconds(steps[impl], size.steps))
+    shuffle = random.Random(0).shuffle
+    for _ in range(size.repeats):
+        order = list(IMPLS)
+        shuffle(order)  # a drift of the clocks, or what ran before, meets all alike
+        for impl in order:
+            samples[impl].append(milliseconds(steps[impl], size.steps))
+    gc.enable()
     pick = statistics.median if CUDA else min  # on a shared CPU other programs only add time
     best = {impl: pick(own) for impl, own in samples.items()}
     rows: list[list[object]] = []

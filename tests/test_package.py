@@ -21,6 +21,7 @@ def test_public_names():
         "explain",
         "export",
         "load",
+        "optim",
         "report",
         "sparsify",
     ]
