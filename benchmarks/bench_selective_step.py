@@ -115,8 +115,7 @@ def step_cuda(places: Places, rule: Rule) -> None:
 def mask_topk(score: Tensor, k: int) -> Tensor:
     """As many library lines as it takes: ``torch.topk`` and a scatter of its indices."""
     mask = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
-    mask[torch.topk(score.flatten(), k).indices] = True
-    return mask.view(score.shape)
+    return mask.index_fill_(0, torch.topk(score.flatten(), k).indices, True).view(score.shape)
 
 
 def mask_triton(score: Tensor, k: int) -> Tensor:

@@ -1,11 +1,11 @@
 // Exact k-th largest value by radix histograms, and what follows from it: masks and ties.
 //
-// A value becomes a 32-bit key whose unsigned order is the order of the values. Three passes count
-// the digits (11, 11, 10 bits, from the top) of the keys that agree with the digits found so far;
-// the last block of each pass turns the counts into the next digit. Two ranks are looked for at
-// once: the want[0]-th among all valid places and the want[1]-th among the marked ones; the higher
-// of the two keys is the threshold, so the lower is dropped as soon as the digits differ. Nothing
-// returns to the host. Counts are 32 bits: below 2**32 elements.
+// A value becomes a 32-bit key whose unsigned order is the order of the values. Each pass counts
+// one digit of the keys that agree with the digits found so far; the last block of the pass turns
+// the counts into the next digit. Two ranks are looked for at once: the want[0]-th among all valid
+// places and the want[1]-th among the marked ones; the higher of the two keys is the threshold, so
+// the lower is dropped as soon as the digits differ. Nothing returns to the host. Counts are 32
+// bits: below 2**32 elements.
 //
 // The including source defines KEY_KIND: 0 float, 1 bfloat16, 2 half.
 
@@ -18,14 +18,22 @@ typedef unsigned long long u64;
 #define TILE (THREADS * QUAD)  // elements of a block in one go
 #define BINS 2048
 #define CHUNKS 2048            // at most, of the search among ties; four for each thread
+#define FINE 16384             // bins of the sample: exponent and 6 bits of the mantissa
 #define NONE 0xffffffffu
 
+#define ALL 0xffffffffu
+
 struct State {  // zeroed before the first pass
-  u32 prefix;   // digits of the threshold found so far
-  u32 want[2];  // rank among the keys that agree with the prefix; 0: does not limit any more
-  u32 done[4];  // blocks that finished, a counter for each pass
-  u32 unused;
   u64 cut;      // with a want left over: the last index taken of the keys equal to the threshold
+  u32 prefix;   // the digits found so far of threshold - lo
+  u32 want[2];  // rank among the keys that agree with the prefix; 0: does not limit any more
+  u32 shift;    // low bits of threshold - lo that are not found yet
+  u32 lo;       // only keys in [lo, lo + width] are still in question
+  u32 width;
+  u32 listed;    // those keys are in the lists of the step
+  u32 overflow;  // a list was too short
+  u32 above[2];  // keys above lo + width, of valid and of marked places
+  u32 done[8];   // blocks that finished, a counter for each pass
 };
 
 struct Args {  // mirrored by _nvrtc.Args
@@ -35,13 +43,21 @@ struct Args {  // mirrored by _nvrtc.Args
   float* ema_abs;
   const u8* bits;  // 0: valid place; null: all are
   u8* marked;      // 1: marked place, a subset of the valid ones
-  u32* hist;       // [3][2][BINS], zeroed; all valid places are [0] + [1]
+  u32* hist;       // [4][2][BINS], zeroed; all valid places are [0] + [1]
+  u32* fine;       // [2][FINE], zeroed; the same of the sample
   State* state;
-  u32* counts;  // [2][CHUNKS]
+  u32* counts;        // [2][CHUNKS]
+  u32* lengths;       // [2][segments]: entries in each segment of the lists
+  u32* window_key;    // [segments][window_room], with the mark in bit 0; keys in question
+  u32* window_place;  // index
+  float* window_step;
+  u32* sure_place;  // [segments][sure_room]; marked keys above those in question
+  float* sure_step;
   u8* mask;
   u64 numel;
   u64 chunk;  // elements, a multiple of TILE
   u32 want[2];
+  u32 segments, window_room, sure_room;  // segments: blocks of the passes that count
   u32 adaptive;
   float lr, beta, rest, delta, tau, decay;  // rest = 1 - beta
 };
@@ -185,19 +201,11 @@ __device__ __forceinline__ bool is_last(u32* done) {
   return last;
 }
 
-// Adds the block's counts to the grid's; the last block finds the digit at ``shift``.
-__device__ void add_and_pick(const Args& a, const u32* own, int pass, u32 shift) {
+// Finds the digit at ``shift`` from the counts of all blocks; whether a rank falls in these bins is
+// known to thread 0.
+__device__ bool pick(const u32* hist, const u32 want[2], u32 shift, State* s) {
   __shared__ u32 found[2][3];  // digit, keys above it, keys in its bin
-  __syncthreads();
-  u32* hist = a.hist + pass * 2 * BINS;
-  for (int b = threadIdx.x; b < 2 * BINS; b += THREADS)
-    if (own[b]) atomicAdd(hist + b, own[b]);
-  if (!is_last(a.state->done + pass)) return;
-
-  State* s = a.state;
-  u32 want[2];
   for (int c = 0; c < 2; ++c) {
-    want[c] = pass == 0 ? a.want[c] : s->want[c];
     if (threadIdx.x == 0) found[c][0] = NONE;
     u32 h[4], sum = 0;  // four bins, from the top
 #pragma unroll
@@ -221,7 +229,7 @@ __device__ void add_and_pick(const Args& a, const u32* own, int pass, u32 shift)
     }
   }
   __syncthreads();
-  if (threadIdx.x != 0) return;
+  if (threadIdx.x != 0) return false;
   // a rank that nothing has reached (fewer places than wanted) limits nothing
   u32 digit = 0;
   for (int c = 0; c < 2; ++c)
@@ -231,32 +239,67 @@ __device__ void add_and_pick(const Args& a, const u32* own, int pass, u32 shift)
     s->want[c] = left == found[c][2] ? 0u : left;  // all of the bin are taken: the prefix decides
   }
   s->prefix |= digit << shift;
+  s->shift = shift;
+  return found[0][0] != NONE || found[1][0] != NONE;
+}
+
+// Adds the block's counts to the grid's; whether this block is the last to do so.
+__device__ __forceinline__ bool add_counts(const u32* own, u32* hist, u32* done) {
+  __syncthreads();
+  for (int b = threadIdx.x; b < 2 * BINS; b += THREADS)
+    if (own[b]) atomicAdd(hist + b, own[b]);
+  return is_last(done);
 }
 
 // -- passes ----------------------------------------------------------------------------------
+// The next digit of at most 11 bits.
 template <bool STEP>
-__device__ __forceinline__ void count_digits(const Args& a, int pass, u32 shift, u32 digit_bits) {
+__device__ __forceinline__ void count_digits(const Args& a, int pass) {
   __shared__ u32 own[2 * BINS];
-  const u32 prefix = a.state->prefix;
-  if (pass > 0 && !(a.state->want[0] | a.state->want[1])) return;  // settled
-  clear(own);
+  State* s = a.state;
+  const bool first = !STEP && pass == 0;  // the step begins in step_averages
+  u32 want[2] = {first ? a.want[0] : s->want[0], first ? a.want[1] : s->want[1]};
+  const u32 open = first ? 32 : s->shift;
+  if (!(want[0] | want[1]) || !open) return;  // settled
+  const u32 lo = s->lo, width = first ? ALL : s->width, prefix = s->prefix;
+  const u32 digit_bits = open < 11 ? open : 11, shift = open - digit_bits;
   const u32 digit_mask = (1u << digit_bits) - 1u;
-  const u32 above = pass == 0 ? 0u : NONE << (shift + digit_bits);  // digits already found
-  const u64 tiles = (a.numel + 2 * TILE - 1) / (2 * TILE);
-  for (u64 t = blockIdx.x; t < tiles; t += gridDim.x) {
-    // every second pass runs backwards: what the pass before read last is still in L2
-    const u64 i = (pass == 1 ? tiles - 1 - t : t) * (2 * TILE) + threadIdx.x * QUAD;
-    u32 key[2][QUAD], valid[2], marked[2];
-    keys4<STEP>(a, i, key[0], valid[0], marked[0]);
-    keys4<STEP>(a, i + TILE, key[1], valid[1], marked[1]);
+  const u32 above = open == 32 ? 0u : ALL << open;  // digits already found
+  clear(own);
+  auto count = [&](u32 key, u32 marked) {
+    const u32 x = key - lo;
+    if (x <= width && !((x ^ prefix) & above))
+      atomicAdd(own + marked * BINS + (x >> shift & digit_mask), 1u);
+  };
+  if (STEP && s->listed) {
+    const u32 length = a.lengths[blockIdx.x];
+    const u32* keys = a.window_key + (u64)blockIdx.x * a.window_room;
+    for (u32 e = threadIdx.x * 4; e < length; e += THREADS * 4) {
+      const uint4 k = __ldcg((const uint4*)(keys + e));  // the room is a multiple of 4
+      count(k.x & ~1u, k.x & 1u);
+      if (e + 1 < length) count(k.y & ~1u, k.y & 1u);
+      if (e + 2 < length) count(k.z & ~1u, k.z & 1u);
+      if (e + 3 < length) count(k.w & ~1u, k.w & 1u);
+    }
+  } else {
+    const u64 tiles = (a.numel + 2 * TILE - 1) / (2 * TILE);
+    for (u64 t = blockIdx.x; t < tiles; t += gridDim.x) {
+      // every second pass runs backwards: what the pass before read last is still in L2
+      const u64 i = (pass & 1 ? tiles - 1 - t : t) * (2 * TILE) + threadIdx.x * QUAD;
+      u32 key[2][QUAD], valid[2], marked[2];
+      keys4<STEP>(a, i, key[0], valid[0], marked[0]);
+      keys4<STEP>(a, i + TILE, key[1], valid[1], marked[1]);
 #pragma unroll
-    for (int r = 0; r < 2; ++r)
+      for (int r = 0; r < 2; ++r)
 #pragma unroll
-      for (int j = 0; j < QUAD; ++j)
-        if ((valid[r] >> j & 1u) && !((key[r][j] ^ prefix) & above))
-          atomicAdd(own + (marked[r] >> j & 1u) * BINS + (key[r][j] >> shift & digit_mask), 1u);
+        for (int j = 0; j < QUAD; ++j)
+          if (valid[r] >> j & 1u) count(key[r][j], marked[r] >> j & 1u);
+    }
   }
-  add_and_pick(a, own, pass, shift);
+  u32* hist = a.hist + pass * 2 * BINS;
+  if (!add_counts(own, hist, s->done + pass)) return;
+  pick(hist, want, shift, s);
+  if (threadIdx.x == 0) s->width = width;
 }
 
 // Where fewer than all of the keys equal to the threshold are taken: the last index taken.
@@ -266,7 +309,7 @@ __device__ __forceinline__ void cut_ties(const Args& a) {
   __shared__ u32 place[2];  // chunk, and rank inside it
   __shared__ u64 cut;
   State* s = a.state;
-  const u32 want[2] = {s->want[0], s->want[1]}, prefix = s->prefix;
+  const u32 want[2] = {s->want[0], s->want[1]}, threshold = s->lo + s->prefix;
   if (!(want[0] | want[1])) return;
   if (threadIdx.x < 2) ties[threadIdx.x] = 0u;
   __syncthreads();
@@ -276,7 +319,7 @@ __device__ __forceinline__ void cut_ties(const Args& a) {
     keys4<STEP>(a, blockIdx.x * a.chunk + t + threadIdx.x * QUAD, key, valid, marked);
 #pragma unroll
     for (int j = 0; j < QUAD; ++j) {
-      u32 hit = (valid >> j & 1u) && key[j] == prefix;
+      u32 hit = (valid >> j & 1u) && key[j] == threshold;
       all += hit;
       some += hit & (marked >> j);
     }
@@ -285,7 +328,7 @@ __device__ __forceinline__ void cut_ties(const Args& a) {
   if (some) atomicAdd(ties + 1, some);
   __syncthreads();
   if (threadIdx.x < 2) a.counts[threadIdx.x * CHUNKS + blockIdx.x] = ties[threadIdx.x];
-  if (!is_last(s->done + 3)) return;
+  if (!is_last(s->done + 4)) return;
 
   u64 least = ~0ull;
   for (int c = 0; c < 2; ++c) {
@@ -315,10 +358,10 @@ __device__ __forceinline__ void cut_ties(const Args& a) {
       u32 key[QUAD], valid, marked, hits = 0;
       keys4<STEP>(a, i, key, valid, marked);
       if (c == 1) valid &= marked;
-      for (int j = 0; j < QUAD; ++j) hits += (valid >> j & 1u) && key[j] == prefix;
+      for (int j = 0; j < QUAD; ++j) hits += (valid >> j & 1u) && key[j] == threshold;
       u32 seen = base + block_scan(hits, total) - hits;
       for (int j = 0; j < QUAD; ++j)
-        if ((valid >> j & 1u) && key[j] == prefix && ++seen == rank) cut = i + j;
+        if ((valid >> j & 1u) && key[j] == threshold && ++seen == rank) cut = i + j;
       base += total;
     }
     __syncthreads();
@@ -333,7 +376,7 @@ struct Threshold {
   u32 key;
   u64 cut;
   __device__ __forceinline__ explicit Threshold(const State* s)
-      : key(s->prefix), cut(s->want[0] | s->want[1] ? s->cut : ~0ull) {}
+      : key(s->lo + s->prefix), cut(s->want[0] | s->want[1] ? s->cut : ~0ull) {}
   __device__ __forceinline__ bool takes(u32 k, u64 i) const {
     return k > key || (k == key && i <= cut);
   }
@@ -341,13 +384,13 @@ struct Threshold {
 
 #if MODULE == 0  // top-k mask of a score
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) topk_digit0(Args a) {
-  count_digits<false>(a, 0, 21, 11);
+  count_digits<false>(a, 0);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) topk_digit1(Args a) {
-  count_digits<false>(a, 1, 10, 11);
+  count_digits<false>(a, 1);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) topk_digit2(Args a) {
-  count_digits<false>(a, 2, 0, 10);
+  count_digits<false>(a, 2);
 }
 extern "C" __global__ void __launch_bounds__(THREADS) topk_ties(Args a) { cut_ties<false>(a); }
 

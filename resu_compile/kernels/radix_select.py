@@ -49,7 +49,9 @@ def topk_mask_reference(score: Tensor, k: int) -> Tensor:
 # -- Triton ----------------------------------------------------------------------------------
 BLOCK = 2048  # elements of a program in one go
 PROGRAMS = 1024  # at most, in the passes that count
-DIGIT_BITS = 5  # tl.histogram costs one ballot a bit of the bin for every warp
+DIGIT_BITS = (
+    7  # 5 passes; a wider tl.histogram costs more than it saves (H200, 2048^2: 8 is slower)
+)
 CHUNKS = 1024  # at most, of the search among ties
 PREFIX, WANT, CUT = 0, 1, 3  # entries of the state, int64; WANT holds two
 
@@ -302,7 +304,9 @@ def topk_mask_triton(score: Tensor, k: int, mask: Tensor) -> None:
 
 
 # -- CUDA C++ --------------------------------------------------------------------------------
-THREADS, QUAD, BINS, CU_CHUNKS = 512, 4, 2048, 2048  # as in radix_select.cu
+THREADS, QUAD, BINS, FINE, CU_CHUNKS = 512, 4, 2048, 16384, 2048  # as in radix_select.cu
+TILE = THREADS * QUAD
+HIST_WORDS, FINE_WORDS, STATE_WORDS = 4 * 2 * BINS, 2 * FINE, 32  # of 4 bytes
 BLOCKS_PER_SM = 2
 
 
@@ -311,45 +315,54 @@ class CudaArgs(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "source", "ema", "ema_abs", "bits")),
-        *((name, ctypes.c_void_p) for name in ("marked", "hist", "state", "counts", "mask")),
+        *((name, ctypes.c_void_p) for name in ("marked", "hist", "fine", "state", "counts")),
+        *((name, ctypes.c_void_p) for name in ("lengths", "window_key", "window_place")),
+        *((name, ctypes.c_void_p) for name in ("window_step", "sure_place", "sure_step", "mask")),
         ("numel", ctypes.c_uint64),
         ("chunk", ctypes.c_uint64),
         ("want", ctypes.c_uint32 * 2),
+        *((name, ctypes.c_uint32) for name in ("segments", "window_room", "sure_room")),
         ("adaptive", ctypes.c_uint32),
         *((name, ctypes.c_float) for name in ("lr", "beta", "rest", "delta", "tau", "decay")),
     )
 
 
-def find_threshold_cuda(
-    module: CudaModule, prefix: str, args: CudaArgs, source: Tensor, want: tuple[int, int]
-) -> Tensor:
-    """Launch the three digits and the ties; returns the workspace, to be kept until all is done.
+def start_search(
+    args: CudaArgs, source: Tensor, want: tuple[int, int], *, fine: bool, list_words: int
+) -> tuple[Tensor, int]:
+    """Fill in what every search needs.
 
     Args:
-        module: kernels ``{prefix}_digit0`` to ``_digit2`` and ``{prefix}_ties``.
-        prefix: ``topk`` or ``step``.
-        args: everything but what the search needs is filled in already.
+        args: gets source, counters, sizes and ranks.
         source: contiguous, 16-byte aligned.
         want: ranks among the valid and among the marked places; 0 does not limit.
+        fine: with bins for a sample.
+        list_words: room for lists, in 32-bit words.
+
+    Returns:
+        The workspace, to be kept until all is launched, and the address of the lists.
     """
     numel = source.numel()
-    tile = THREADS * QUAD
-    chunk = cdiv(cdiv(numel, tile), CU_CHUNKS) * tile
-    hist, state, counts = 3 * 2 * BINS, 16, 2 * CU_CHUNKS  # 32-bit words; state is 40 bytes
-    workspace = torch.empty(hist + state + counts, dtype=torch.int32, device=source.device)
-    workspace[: hist + state].zero_()
+    zeroed = STATE_WORDS + HIST_WORDS + (FINE_WORDS if fine else 0)
+    counts = 2 * CU_CHUNKS
+    words = zeroed + counts + list_words
+    workspace = torch.empty(words, dtype=torch.int32, device=source.device)
+    workspace[:zeroed].zero_()
     args.source = source.data_ptr()
-    args.hist = workspace.data_ptr()
-    args.state = args.hist + 4 * hist
-    args.counts = args.state + 4 * state
-    args.numel, args.chunk = numel, chunk
+    args.state = workspace.data_ptr()
+    args.hist = args.state + 4 * STATE_WORDS
+    args.fine = args.hist + 4 * HIST_WORDS
+    args.counts = args.state + 4 * zeroed
+    args.numel = numel
+    args.chunk = cdiv(cdiv(numel, TILE), CU_CHUNKS // 2) * TILE
     args.want[0], args.want[1] = want
+    return workspace, args.counts + 4 * counts
+
+
+def count_blocks(source: Tensor) -> int:
+    """Blocks of the passes that count: all that run at once, fewer for a small tensor."""
     multiprocessors = torch.cuda.get_device_properties(source.device).multi_processor_count
-    grid = min(cdiv(numel, 2 * tile), BLOCKS_PER_SM * multiprocessors)
-    for digit in range(3):
-        module.launch(f"{prefix}_digit{digit}", grid, args)
-    module.launch(f"{prefix}_ties", cdiv(numel, chunk), args)
-    return workspace
+    return min(cdiv(source.numel(), 2 * TILE), BLOCKS_PER_SM * multiprocessors)
 
 
 def topk_module(score: Tensor) -> CudaModule | None:
@@ -367,8 +380,11 @@ def is_aligned(*tensors: Tensor) -> bool:
 def topk_mask_cuda(module: CudaModule, score: Tensor, k: int, mask: Tensor) -> None:
     """Write the mask of a contiguous, aligned ``score``; 1 <= k <= numel."""
     args = CudaArgs(mask=mask.data_ptr())
-    _workspace = find_threshold_cuda(module, "topk", args, score, (k, 0))
-    module.launch("topk_write", cdiv(score.numel(), THREADS * QUAD), args)
+    _workspace, _ = start_search(args, score, (k, 0), fine=False, list_words=0)
+    for digit in range(3):
+        module.launch(f"topk_digit{digit}", count_blocks(score), args)
+    module.launch("topk_ties", cdiv(args.numel, args.chunk), args)
+    module.launch("topk_write", cdiv(args.numel, TILE), args)
 
 
 # -- operator --------------------------------------------------------------------------------

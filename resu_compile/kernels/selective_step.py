@@ -30,13 +30,15 @@ from resu_compile.kernels.radix_select import (
     MAX_NUMEL,
     QUAD,
     THREADS,
+    TILE,
     CudaArgs,
-    find_threshold_cuda,
+    count_blocks,
     find_threshold_triton,
     is_aligned,
     load_bits,
     load_keys,
     load_taken,
+    start_search,
     tile_offsets,
     topk_mask,
 )
@@ -165,20 +167,23 @@ def _update_kernel(
     BLOCK: tl.constexpr,
 ):
     offs = tile_offsets(tl.program_id(0), BLOCK)
+    inside = offs < numel
+    # all places, not the chosen alone: whole vectors are loaded and stored, at half the time
     key, _, marked = load_keys(grad_ptr, bits_ptr, marked_ptr, offs, numel, True)
     chosen = marked & load_taken(state_ptr, key, offs)
-    ema_abs = tl.load(ema_abs_ptr + offs, mask=chosen, other=0.0)
-    direction = tl.div_rn(tl.load(ema_ptr + offs, mask=chosen, other=0.0), ema_abs + delta)
-    weight = tl.load(weight_ptr + offs, mask=chosen, other=0.0).to(tl.float32)
+    ema_abs = tl.load(ema_abs_ptr + offs, mask=inside, other=0.0)
+    direction = tl.div_rn(tl.load(ema_ptr + offs, mask=inside, other=0.0), ema_abs + delta)
+    stored = tl.load(weight_ptr + offs, mask=inside, other=0.0)
+    weight = stored.to(tl.float32)
     if ADAPTIVE:
         update = tl.abs(direction) * direction
     else:
-        grad = tl.load(grad_ptr + offs, mask=chosen, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + offs, mask=inside, other=0.0).to(tl.float32)
         update = tl.abs(direction) * grad
     if DECAYS:
         update = tl.fma(weight, decay, update)
-    weight = tl.fma(update, -lr, weight)
-    tl.store(weight_ptr + offs, weight.to(weight_ptr.dtype.element_ty), mask=chosen)
+    weight = tl.fma(update, -lr, weight).to(weight_ptr.dtype.element_ty)
+    tl.store(weight_ptr + offs, tl.where(chosen, weight, stored), mask=inside)
 
 
 def selective_step_triton(places: Places, rule: Rule) -> None:
@@ -200,6 +205,10 @@ def selective_step_triton(places: Places, rule: Rule) -> None:
 
 
 # -- CUDA C++ --------------------------------------------------------------------------------
+SAMPLE_BLOCKS = 64  # of 2048 places: the threshold is then known to 1 % of the places or so
+PARTS = 4  # blocks that share a segment of the lists in the update
+
+
 def step_module(weight: Tensor, grad: Tensor) -> CudaModule | None:
     """Kernels for these dtypes on this device, or None."""
     defines = (
@@ -207,6 +216,7 @@ def step_module(weight: Tensor, grad: Tensor) -> CudaModule | None:
         ("KEY_KIND", KINDS[grad.dtype]),
         ("WEIGHT_KIND", KINDS[weight.dtype]),
         ("BLOCKS_PER_SM", BLOCKS_PER_SM),
+        ("PARTS", PARTS),
     )
     files = ("radix_select.cu", "selective_step.cu")
     return load_module(files, defines, THREADS, weight.device.index)
@@ -233,11 +243,33 @@ def selective_step_cuda(module: CudaModule, places: Places, rule: Rule) -> None:
         decay=rule.weight_decay,
     )
     want = (rule.k_screen, rule.k_select)
+    segments = count_blocks(places.grad)
     if 0 in want:
-        module.launch("step_averages", cdiv(numel, 2 * THREADS * QUAD), args)
+        args.source = places.grad.data_ptr()
+        module.launch("step_averages", segments, args)
         return
-    _workspace = find_threshold_cuda(module, "step", args, places.grad, want)
-    module.launch("step_update", cdiv(numel, THREADS * QUAD), args)
+    # An eighth of all places for the keys in question, of which there are a few hundredths; for
+    # the marked keys above them a quarter more than there can be, since segments differ.
+    most = cdiv(cdiv(numel, 2 * TILE), segments) * 2 * TILE
+    args.segments = segments
+    args.window_room = min(most, cdiv(numel // 8, segments * QUAD) * QUAD + TILE)
+    args.sure_room = min(most, cdiv(rule.k_select * 5 // 4, segments * QUAD) * QUAD + TILE)
+    window, sure, lengths = segments * args.window_room, segments * args.sure_room, 2 * segments
+    words = 3 * window + 2 * sure + lengths
+    _workspace, lists = start_search(args, places.grad, want, fine=True, list_words=words)
+    args.window_key = lists
+    args.window_place = args.window_key + 4 * window
+    args.window_step = args.window_place + 4 * window
+    args.sure_place = args.window_step + 4 * window
+    args.sure_step = args.sure_place + 4 * sure
+    args.lengths = args.sure_step + 4 * sure
+    sample = min(cdiv(cdiv(numel, QUAD), THREADS), SAMPLE_BLOCKS)
+    module.launch("step_sample", sample, args)
+    module.launch("step_select", segments, args)
+    for digit in (1, 2, 3):  # in full only where the sample misled
+        module.launch(f"step_digit{digit}", segments, args)
+    module.launch("step_ties", cdiv(numel, args.chunk), args)
+    module.launch("step_update", segments * PARTS, args)
 
 
 # -- operator --------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ SCORES = {
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", SCORES)
-@pytest.mark.parametrize("numel", [1, 9, 2049, 5000])
+@pytest.mark.parametrize("numel", [1, 9, 2049])
 def test_matches_a_stable_sort(numel, name, impl, device):
     score = SCORES[name](numel).to(device)
     for k in {1, max(numel // 3, 1), max(numel - 1, 1)}:
@@ -95,7 +95,7 @@ def test_float64_differences_below_float32_count(device):
 
 
 @needs_triton
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(
     values=st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=60),
     share=st.floats(0, 1),
@@ -116,7 +116,7 @@ def test_many_tiles_programs_and_chunks(name, digit_bits, device, monkeypatch):
         monkeypatch.setattr(radix_select, constant, value)
     monkeypatch.setattr(radix_select, "DIGIT_BITS", digit_bits)
     score = SCORES[name](1000).to(device)  # 4 tiles for each of 4 chunks
-    for k in (1, 500, 777, 999):
+    for k in (1, 777):
         assert_close(triton_mask(score, k), by_sort(score, k), **EXACT)
 
 

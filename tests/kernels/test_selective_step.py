@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from resu_compile.errors import ArgumentError
-from resu_compile.kernels import radix_select
+from resu_compile.kernels import radix_select, selective_step
 from resu_compile.kernels._triton import HAS_TRITON
 from resu_compile.kernels.mask_bits import pack_mask
 from resu_compile.kernels.selective_step import (
@@ -122,7 +122,7 @@ def check(impl, places, pruned, rule):
 quarters = st.integers(-3, 3).map(lambda i: i / 4)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=150)
 @given(
     data=st.lists(st.tuples(quarters, quarters, quarters, quarters.map(abs)), max_size=12),
     k_screen=st.integers(0, 14),
@@ -177,7 +177,7 @@ def test_16_bits(dtype, impl, device):
 
 
 @needs_triton
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=15)
 @given(
     numel=st.integers(1, 70),
     k_screen=st.integers(0, 70),
@@ -334,6 +334,46 @@ def test_refusals(changes, message):
 def test_large(shares, gradient, impl):
     rule = RULE._replace(k_screen=shares[0], k_select=shares[1])
     check(impl, *make((2048 * 1024 + 2048 * 3 + 5,), rule, gradient, device="cuda"))
+
+
+def sampled_places(numel):
+    """The places that step_sample of selective_step.cu looks at."""
+    quads, sampled = numel // 4, 64 * 512
+    assert quads > sampled, "all are sampled"
+    q = torch.arange(sampled)
+    mixed = q * 2654435761 % 2**32
+    mixed = (mixed ^ (mixed >> 15)) * 2246822519 % 2**32
+    quad = q * quads // sampled + (mixed ^ (mixed >> 13)) % (quads // sampled)
+    return (quad[:, None] * 4 + torch.arange(4)).flatten()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not CUDA, reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(
+    ("factor", "shares", "listed"),
+    [
+        pytest.param(1.0, (0.5, 0.2), 1, id="sample is right"),
+        pytest.param(1.0, (0.2, 0.9), 1, id="screen decides"),
+        pytest.param(1.0, (1, 1), 1, id="nothing limits"),
+        pytest.param(2.0**-20, (0.5, 0.2), 0, id="threshold above"),
+        pytest.param(2.0**20, (0.5, 0.2), 0, id="threshold below"),
+        pytest.param(0.0, (0.5, 0.2), 0, id="sample is zero"),
+    ],
+)
+def test_a_misleading_sample_is_noticed(factor, shares, listed, monkeypatch):
+    numel = 2048 * 1024
+    rule = RULE._replace(k_screen=shares[0], k_select=shares[1])
+    places, pruned, rule = make((numel,), rule, "normal", device="cuda")
+    places.grad[sampled_places(numel).cuda()] *= factor
+    kept = []
+
+    def start_search(*args, **kwargs):
+        kept.append(radix_select.start_search(*args, **kwargs))
+        return kept[-1]
+
+    monkeypatch.setattr(selective_step, "start_search", start_search)
+    check(run_cuda, places, pruned, rule)
+    assert int(kept[0][0][8]) == listed  # word 8 of struct State
 
 
 @pytest.mark.cuda
