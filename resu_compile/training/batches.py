@@ -118,8 +118,9 @@ class BatchStream:
         self._epoch_random = state["epoch_random"]
         self._epoch_generators = list(state["epoch_generators"])
         self._iterator = None
-        if self._epoch_random is None:
-            return  # nothing was read yet
+        if self._epoch_random is None:  # nothing was read yet
+            _set_states(self._generators(), state["generators"])
+            return
         before = random_state()
         try:
             if self._keeps_position() and state["loader"] is not None:

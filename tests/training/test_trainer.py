@@ -320,6 +320,7 @@ def test_early_stop_waits_for_the_recovery():
         (EarlyStop("loss", patience=2, min_delta=0.5), [5, 4.6, 4.4, 4.2, 4, 2], 36, 4.4),
         (EarlyStop("loss", patience=2), [math.nan, 4, 5, math.nan, 1], 35, 4),
         (EarlyStop("loss", patience=9), [5, 6], 40, 5),
+        pytest.param(EarlyStop("loss", patience=8), [5, 6], 40, 5, id="at the end anyway"),
     ],
 )
 def test_early_stop_counts(rule, values, steps, best):

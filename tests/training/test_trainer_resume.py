@@ -96,6 +96,7 @@ def check_resume(stop, dtype=None, **changes):
     assert result.history == expected.history
     assert result.best == expected.best
     assert result.steps == 40
+    assert second._stepper.scaler.state_dict() == whole._stepper.scaler.state_dict()
     before = sum(r["step"] <= stop for r in expected.stats)
     assert state["trainer"]["stats_lines"] == before
     assert list(result.stats) == list(expected.stats)[before:]
@@ -156,6 +157,19 @@ def test_checkpoints_are_written_kept_and_found(tmp_path):
     result = resumed.fit(loader(), resume=True)
     assert_same(whole.model, resumed.model)
     assert read_stats(tmp_path / "stats.jsonl") == expected == list(result.stats)
+
+
+def test_a_run_that_was_stopped_early_stays_stopped(tmp_path):
+    changes = {
+        "checkpoint": CheckpointConfig(str(tmp_path), every=16),
+        "evaluate_every": 1,
+        "early_stop": EarlyStop("loss", patience=2),
+    }
+    evaluate = lambda _model: {"loss": 1.0}  # noqa: E731
+    first = make_trainer(evaluate=evaluate, changes=changes).fit(make_batches())
+    assert (first.steps, first.stopped_early) == (34, True)
+    again = make_trainer(evaluate=evaluate, changes=changes).fit(make_batches(), resume=True)
+    assert (again.steps, again.stopped_early, again.best) == (34, True, 1.0)
 
 
 def test_state_refuses_what_does_not_fit():
