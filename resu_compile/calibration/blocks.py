@@ -20,7 +20,7 @@ class BlockSpec:
     Attributes:
         name: name of the module in the model; "" for the model.
         module: the module.
-        weights: the chosen weights in it.
+        weights: the chosen weights in it, maybe none.
     """
 
     name: str
@@ -33,15 +33,17 @@ def find_blocks(
 ) -> list[BlockSpec]:
     """The parts of ``model`` in the order in which they are pruned; each weight is in one.
 
-    Weights outside of all blocks make up to two parts more, with the whole model as their module:
+    Blocks without chosen weights are in the list as well, up to the last that has some. Weights
+    outside of all blocks make up to two parts more, with the whole model as their module:
     those whose names come before the first block's in the model, and all others, which come last.
 
     Args:
         model: the root.
         weights: the chosen weights.
         blocks: name of an ``nn.ModuleList`` or ``nn.Sequential`` whose children are the blocks;
-            or names of the blocks. None takes the longest such container whose children are of one
-            class and hold chosen weights, and the whole model if there is none.
+            or names of the blocks. None takes the container whose children are of one class and
+            hold most of what is pruned, of several the longest (the layers of a transformer, not
+            the experts of one layer), and the whole model if there is none.
 
     Raises:
         ArgumentError: ``blocks`` names no module, or none that holds a chosen weight.
@@ -72,22 +74,30 @@ def find_blocks(
         BlockSpec(name, module, tuple(found))
         for (name, module), found in zip(modules, inside, strict=True)
     ]
-    every = [BlockSpec("", model, before), *specs, BlockSpec("", model, after)]
-    return [spec for spec in every if spec.weights]
+    last = max((i for i, spec in enumerate(specs) if spec.weights), default=-1)
+    around = [BlockSpec("", model, part) for part in (before, after)]
+    return [
+        *(spec for spec in around[:1] if spec.weights),
+        *specs[: last + 1],
+        *(spec for spec in around[1:] if spec.weights),
+    ]
 
 
 def _automatic(model: nn.Module, weights: Sequence[NamedWeight]) -> list[tuple[str, nn.Module]]:
-    owners = {weight.owner for weight in weights}
     best: list[tuple[str, nn.Module]] = []
+    most = (0, 1)
     for path, module in model.named_modules():
         if not isinstance(module, CONTAINERS):
             continue
         children = [(f"{path}.{name}" if path else name, c) for name, c in module.named_children()]
         one_class = len({type(child) for _, child in children}) == 1
-        callable_ = not any(isinstance(child, CONTAINERS[:1]) for _, child in children)
-        hold = all(not owners.isdisjoint(child.modules()) for _, child in children)
-        if one_class and callable_ and hold and len(children) > max(len(best), 1):
-            best = children
+        if not one_class or isinstance(children[0][1], nn.ModuleList):
+            continue
+        inside = [set(child.modules()) for _, child in children]
+        held = [sum(w.parameter.numel() for w in weights if w.owner in part) for part in inside]
+        size = (sum(held), sum(count > 0 for count in held))
+        if size > most and size[1] > 1:
+            best, most = children, size
     return best
 
 

@@ -8,6 +8,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from resu_compile.kernels.mask_bits import pack_mask, unpack_mask
+
 
 @contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
@@ -37,23 +39,23 @@ class Journal:
     """What was written over weights during a calibration, to put back if it fails."""
 
     def __init__(self) -> None:
-        self._removed: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self._removed: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # values at packed places
 
     def save(self, parameter: nn.Parameter) -> None:
         """Keep all values of ``parameter``, before they are trained."""
-        places = torch.ones_like(parameter, dtype=torch.bool)
+        places = pack_mask(torch.ones_like(parameter, dtype=torch.bool))
         self._removed.append((parameter, places, parameter.detach().clone().flatten()))
 
     def prune(self, parameter: nn.Parameter, mask: Tensor) -> None:
         """Zero ``parameter`` outside of ``mask``; what was there is kept."""
         pruned = ~mask.to(parameter.device)
         with torch.no_grad():
-            self._removed.append((parameter, pruned, parameter.detach()[pruned].clone()))
+            self._removed.append((parameter, pack_mask(pruned), parameter.detach()[pruned]))
             parameter.masked_fill_(pruned, 0.0)
 
     def restore(self) -> None:
         """Undo everything, the last first."""
         with torch.no_grad():
             for parameter, places, values in reversed(self._removed):
-                parameter.masked_scatter_(places, values)
+                parameter.masked_scatter_(unpack_mask(places, parameter.shape), values)
         self._removed.clear()

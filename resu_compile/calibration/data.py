@@ -83,3 +83,9 @@ def _positional(model: nn.Module) -> int | None:
 
 def _moved(value: Any, device: torch.device) -> Any:
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, value)
+
+
+def is_constant(leaf: Any) -> bool:
+    """True for an argument that nobody can write into."""
+    kinds = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+    return leaf is None or isinstance(leaf, kinds)

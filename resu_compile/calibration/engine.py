@@ -21,7 +21,7 @@ from resu_compile.calibration.blocks import BlockSpec, find_blocks
 from resu_compile.calibration.context import Journal, calibrating
 from resu_compile.calibration.data import Batches, Calibration, Loop, as_loop
 from resu_compile.calibration.observer import Observer
-from resu_compile.calibration.replay import Replay, find_links
+from resu_compile.calibration.replay import Replay, find_chain
 from resu_compile.errors import ArgumentError
 from resu_compile.methods.registry import CalibratedMethod
 from resu_compile.selection import NamedWeight
@@ -92,15 +92,19 @@ def _runs(
 
     for spec in specs:
         if spec.module is model or len(modules) < 2 or not isinstance(loop, Batches):
-            yield spec, through
+            if spec.weights:
+                yield spec, through
             continue
         if not tried:
             tried = True
-            links = find_links(modules, model, loop.batches[0])
-            replay = None if links is None else Replay(modules, model, loop, links)
+            chain = find_chain(modules, model, loop.batches[0])
+            if chain is not None:
+                replay = Replay(modules, model, loop, chain)
+                replay = replay if replay.fits else None
         elif replay is not None:
             replay.advance(spec.module)
-        yield spec, through if replay is None else replay.run
+        if spec.weights:
+            yield spec, through if replay is None else replay.run
 
 
 def input_norms(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from resu_compile.calibration.places import Place, PlaceMap, extent
 from resu_compile.calibration.statistics import (
     InputStatistics,
     RunningStatistics,
@@ -47,7 +48,6 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
     aten._addmm_activation.default: (1, 2),
 }
 _COPIES = (aten.clone.default, aten._to_copy.default)
-_Key = tuple[int, tuple[int, ...], tuple[int, ...]]  # offset, sizes and strides of a view
 
 
 @dataclass
@@ -55,9 +55,10 @@ class _Watched:
     """What is known of one weight so far."""
 
     parameter: Tensor
+    places: PlaceMap
     input_dims: tuple[int, ...] | None = None
     kernel: bool = False
-    parts: dict[_Key, RunningStatistics] = field(default_factory=dict)
+    parts: dict[Place, RunningStatistics] = field(default_factory=dict)
     other_ops: set[str] = field(default_factory=set)
 
 
@@ -76,11 +77,15 @@ class Observer(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.samples = 1
         self._moments = moments
-        self._watched = {name: _Watched(weight.detach()) for name, weight in weights.items()}
+        self._watched: dict[str, _Watched] = {}
+        for name, weight in weights.items():
+            values = weight.detach()
+            self._watched[name] = _Watched(values, PlaceMap(values))
         self._by_storage: dict[int, list[str]] = {}
         for name, entry in self._watched.items():
             self._by_storage.setdefault(_address(entry.parameter), []).append(name)
-        self._copies: dict[int, tuple[StorageWeakRef, str, int]] = {}  # autocast keeps casts
+        # address -> memory, weight, number and shift of a copy; autocast keeps its casts for long
+        self._copies: dict[int, tuple[StorageWeakRef, str, int | None, int]] = {}
 
     @contextmanager
     def counting(self, module: nn.Module) -> Iterator[None]:
@@ -120,72 +125,76 @@ class Observer(TorchDispatchMode):
                 return parts
         output = func(*args, **kwargs)
         with torch.inference_mode(False), torch.no_grad():
-            for position, (name, offset) in found.items():
-                self._note(func, args, position, name, offset, output)
+            for position, (name, place) in found.items():
+                self._note(func, args, position, name, place, output)
         return output
 
     # -- which weight ----------------------------------------------------------------------------
-    def _find(self, tensor: Tensor) -> tuple[str, int] | None:
-        """The weight that ``tensor`` is a view of, and the view's offset in it."""
+    def _find(self, tensor: Tensor) -> tuple[str, Place] | None:
+        """The weight that ``tensor`` comes from, and the place in it."""
         if tensor.layout is not torch.strided or tensor.device.type == "meta":
             return None
         address = _address(tensor)
         if not address:
             return None
+        offset, sizes, strides = int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride()
         if address in self._copies:
-            storage, name, shift = self._copies[address]
+            storage, name, copy, shift = self._copies[address]
             if not storage.expired():
-                return name, int(tensor.storage_offset()) + shift
+                return name, Place(offset + shift, sizes, strides, copy)
             del self._copies[address]  # other memory at the same address
         for name in self._by_storage.get(address, ()):
             weight = self._watched[name].parameter
-            offset = int(tensor.storage_offset()) - int(weight.storage_offset())
-            if offset >= 0 and offset + _extent(tensor) <= _extent(weight):
-                return name, offset
+            inside = offset - int(weight.storage_offset())
+            if inside >= 0 and inside + extent(tensor) <= extent(weight):
+                return name, Place(inside, sizes, strides)
         return None
 
     def _note(
-        self, func: Any, args: Sequence[Any], position: int, name: str, offset: int, output: Any
+        self, func: Any, args: Sequence[Any], position: int, name: str, place: Place, output: Any
     ) -> None:
-        view = args[position]
         if func in _PRODUCTS and position in _PRODUCTS[func]:
             first, second = _PRODUCTS[func]
             right = position == second
-            self._product(name, offset, view, args[first if right else second], right)
+            self._product(name, place, args[first if right else second], right)
         elif func is aten.convolution.default and position == 1 and not args[6]:
-            self._convolution(name, offset, view, args)
-        elif func in _COPIES and output.stride() == view.stride():
-            shift = offset - int(output.storage_offset())
+            self._convolution(name, place, args)
+        elif func in _COPIES:
+            shift = -int(output.storage_offset())
+            number = None
+            if place.copy is None and output.stride() == place.strides:
+                shift += place.offset
+            else:
+                number = self._watched[name].places.copied(place, output.stride())
             reference = StorageWeakRef(output.untyped_storage())
-            self._copies[_address(output)] = (reference, name, shift)
-        elif not (isinstance(output, Tensor) and _address(output) == _address(view)):
+            self._copies[_address(output)] = (reference, name, number, shift)
+        elif not (isinstance(output, Tensor) and _address(output) == _address(args[position])):
             self._watched[name].other_ops.add(str(func))
 
     # -- products --------------------------------------------------------------------------------
-    def _product(self, name: str, offset: int, view: Tensor, inputs: Tensor, right: bool) -> None:
-        """One product ``inputs @ view`` (``right``) or ``view @ inputs``."""
-        if right:
-            if view.dim() == 1:  # a row of the weight as a vector
-                view = view.unsqueeze(-1)
-            axis, tokens = view.dim() - 2, inputs.dim() - 2
-        else:
-            if inputs.dim() == 1:
-                inputs = inputs.unsqueeze(-1)
-            axis, tokens = view.dim() - 1, inputs.dim() - 1
-        if view.dim() == 3 and view.stride(0) == 0 and view.shape[0] > 1:  # one weight for a batch
-            view, axis = view[0], axis - 1
+    def _product(self, name: str, place: Place, inputs: Tensor, right: bool) -> None:
+        """One product ``inputs @ weight`` (``right``) or ``weight @ inputs``."""
+        sizes, strides = place.sizes, place.strides
+        if len(sizes) == 1:  # a part of the weight as a vector
+            sizes, strides = (*sizes, 1), (*strides, 1)
+        if inputs.dim() == 1:
+            inputs = inputs.unsqueeze(-1)
+        if len(sizes) == 3 and strides[0] == 0 and sizes[0] > 1:  # one matrix for all of a batch
+            sizes, strides = sizes[1:], strides[1:]
             inputs = inputs.flatten(0, 1) if right else inputs.movedim(0, 1).flatten(1, 2)
-            tokens = inputs.dim() - 2 if right else inputs.dim() - 1
+        place = replace(place, sizes=sizes, strides=strides)
+        axis = len(sizes) - (2 if right else 1)
+        tokens = inputs.dim() - (2 if right else 1)
         summary = summarize(inputs, (tokens,), self.samples, self._moments)
-        turned = _map(summary, lambda part: part.transpose(-1, -2))  # broadcasts to view
-        self._orient(name, _input_dims(self._watched[name].parameter, view, axis), False)
-        self._add(name, offset, view, turned)
+        turned = _map(summary, lambda part: part.transpose(-1, -2))  # broadcasts to the place
+        self._orient(name, self._watched[name].places.dims_along(place, axis), False)
+        self._add(name, place, turned)
 
-    def _convolution(self, name: str, offset: int, view: Tensor, args: Sequence[Any]) -> None:
+    def _convolution(self, name: str, place: Place, args: Sequence[Any]) -> None:
         """Columns are (channel, kernel place); each sees a shifted, strided part of the input."""
-        inputs, _, _, stride, padding, dilation = args[:6]
-        groups, kernel = args[8], view.shape[2:]
-        if inputs.dim() == view.dim() - 1:
+        inputs, weight, _, stride, padding, dilation = args[:6]
+        groups, kernel = args[8], weight.shape[2:]
+        if inputs.dim() == weight.dim() - 1:
             inputs = inputs.unsqueeze(0)
         padded = F.pad(inputs, [side for p in reversed(padding) for side in (p, p)])
         lengths = [
@@ -193,33 +202,33 @@ class Observer(TorchDispatchMode):
             for size, k, s, d in zip(padded.shape[2:], kernel, stride, dilation, strict=True)
         ]
         dims = (0, *range(2, padded.dim()))
-        places = []
-        for place in product(*(range(k) for k in kernel)):
+        windows = []
+        for corner in product(*(range(k) for k in kernel)):
             window = [slice(None), slice(None)]
-            for at, s, d, length in zip(place, stride, dilation, lengths, strict=True):
+            for at, s, d, length in zip(corner, stride, dilation, lengths, strict=True):
                 window.append(slice(at * d, at * d + s * (length - 1) + 1, s))
-            places.append(summarize(padded[tuple(window)], dims, self.samples, self._moments))
+            windows.append(summarize(padded[tuple(window)], dims, self.samples, self._moments))
 
         def joined(pick: Callable[[Summary], Tensor | None]) -> Tensor | None:
-            parts = [part for place in places if (part := pick(place)) is not None]
+            parts = [part for seen in windows if (part := pick(seen)) is not None]
             if not parts:
                 return None
             columns = torch.stack([part.flatten() for part in parts], -1)  # (channels, places)
             columns = columns.view(groups, -1, *kernel)
-            each = 1 if groups == 1 else view.shape[0] // groups
+            each = 1 if groups == 1 else weight.shape[0] // groups
             return columns.repeat_interleave(each, 0)
 
         square = joined(lambda part: part.square)
         assert square is not None
-        self._orient(name, tuple(range(1, view.dim())), True)
+        self._orient(name, tuple(range(1, weight.dim())), True)
         summary = Summary(
             self.samples,
-            places[0].tokens,
+            windows[0].tokens,
             square,
             joined(lambda part: part.total),
             joined(lambda part: part.centered),
         )
-        self._add(name, offset, view, summary)
+        self._add(name, place, summary)
 
     def _orient(self, name: str, dims: tuple[int, ...] | None, kernel: bool) -> None:
         watched = self._watched[name]
@@ -237,11 +246,9 @@ class Observer(TorchDispatchMode):
             )
         watched.input_dims, watched.kernel = dims, kernel
 
-    def _add(self, name: str, offset: int, view: Tensor, summary: Summary) -> None:
-        if not summary.tokens:
-            return  # an expert that no token was sent to
-        key = (offset, tuple(view.shape), tuple(view.stride()))
-        self._watched[name].parts.setdefault(key, RunningStatistics()).add(summary)
+    def _add(self, name: str, place: Place, summary: Summary) -> None:
+        if summary.tokens:  # not an expert that no token was sent to
+            self._watched[name].parts.setdefault(place, RunningStatistics()).add(summary)
 
     # -- the result ------------------------------------------------------------------------------
     def statistics(self) -> dict[str, InputStatistics]:
@@ -318,28 +325,22 @@ def _variance(watched: _Watched, layout: RowLayout) -> Tensor | None:
         return inside
     mean = _combine(watched, layout, lambda part: part.mean, tokens)
     assert mean is not None
-    mean_full = mean.expand(layout.shape)
+    everywhere = watched.places.zeros().copy_(mean.expand(layout.shape))
     between = {}
-    for key, part in watched.parts.items():
+    for place, part in watched.parts.items():
         assert part.mean is not None
-        local = torch.empty_strided(layout.shape, watched.parameter.stride()).to(part.mean.device)
-        local.copy_(mean_full)
-        between[key] = (part.mean - local.as_strided(key[1], key[2], key[0])).square() * part.tokens
-    spread = _spread(watched, between)
-    amount = _spread(
-        watched, {key: torch.tensor(float(part.tokens)) for key, part in watched.parts.items()}
-    )
-    return _compact(watched, inside + spread / amount, layout)
+        apart = part.mean - watched.places.read(everywhere, place)
+        between[place] = apart.square() * part.tokens
+    amount = {key: torch.tensor(float(part.tokens)) for key, part in watched.parts.items()}
+    spread = _spread(watched, between) / _spread(watched, amount)
+    return _compact(watched, inside + spread, layout)
 
 
-def _spread(watched: _Watched, values: Mapping[_Key, Tensor]) -> Tensor:
-    """Sum of ``values``, each broadcast over its view; float32, shape of the weight."""
-    weight = watched.parameter
-    full = torch.empty_strided(
-        weight.shape, weight.stride(), dtype=torch.float32, device=weight.device
-    ).zero_()
-    for (offset, sizes, strides), value in values.items():
-        full.as_strided(sizes, strides, offset).add_(value.to(weight.device))
+def _spread(watched: _Watched, values: Mapping[Place, Tensor]) -> Tensor:
+    """Sum of ``values``, each broadcast over its place; float32, shape of the weight."""
+    full = watched.places.zeros()
+    for place, value in values.items():
+        watched.places.add(full, place, value)
     return full
 
 
@@ -355,47 +356,11 @@ def _compact(watched: _Watched, full: Tensor, layout: RowLayout) -> Tensor:
     return full.contiguous()
 
 
-# -- views -----------------------------------------------------------------------------------------
 def _address(tensor: Tensor) -> int:
     try:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # wrapper subclasses have no storage
         return 0
-
-
-def _extent(tensor: Tensor) -> int:
-    """Elements of the storage from the first to the last of ``tensor``, both included."""
-    if tensor.numel() == 0:
-        return 0
-    return 1 + sum(
-        (size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
-    )
-
-
-def _input_dims(weight: Tensor, view: Tensor, axis: int) -> tuple[int, ...] | None:
-    """The dimensions of ``weight`` that ``axis`` of ``view`` runs along, or None.
-
-    A run of trailing dimensions counts as well (a flattened patch embedding).
-    """
-    length, step = view.shape[axis], view.stride(axis)
-    shape, strides = weight.shape, weight.stride()
-    if length == 1:  # its stride means nothing: take a dimension that no other axis runs along
-        others = {view.stride(i) for i in range(view.dim()) if i != axis and view.shape[i] > 1}
-        free = [i for i in range(len(shape)) if shape[i] == 1 or strides[i] not in others]
-        single = [i for i in free if shape[i] == 1]
-        return tuple((single or free)[-1:]) or None
-    for dim in reversed(range(len(shape))):
-        if strides[dim] == step and shape[dim] >= length:
-            return (dim,)
-    dims: tuple[int, ...] = ()
-    covered = 1
-    for dim in reversed(range(len(shape))):
-        if strides[dim] != step * covered:
-            return None
-        dims, covered = (dim, *dims), covered * shape[dim]
-        if covered == length:
-            return dims
-    return None
 
 
 def _map(summary: Summary, turn: Callable[[Tensor], Tensor]) -> Summary:

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from resu_compile.calibration.data import Batches, run_batch
+from resu_compile.calibration.data import Batches, is_constant, run_batch
 
 Look = Callable[[tuple[Any, ...], dict[str, Any]], None]
 Links = dict[int, int]  # leaf of a block's inputs -> leaf of the outputs of the block before
@@ -36,14 +37,14 @@ class Replay:
         modules: the blocks, in order.
         model: the root.
         data: the batches.
-        links: what ``find_links`` gave.
+        chain: what ``find_chain`` gave.
     """
 
     def __init__(
-        self, modules: Sequence[nn.Module], model: nn.Module, data: Batches, links: Links
+        self, modules: Sequence[nn.Module], model: nn.Module, data: Batches, chain: Chain
     ) -> None:
         self._module = modules[0]
-        self._links = links
+        self._chain = chain
         self._inputs: list[tuple[list[Any], TreeSpec]] = []
         with _inputs_of(modules[0], self._store):
             for batch in data.batches:
@@ -57,6 +58,11 @@ class Replay:
         self._inputs.append((_copied(leaves), spec))
         raise _Stop
 
+    @property
+    def fits(self) -> bool:
+        """Whether all batches came to the first block in the form that the first batch had."""
+        return all(spec == self._chain.spec for _, spec in self._inputs)
+
     def run(self) -> None:
         """The present block on all stored inputs."""
         for leaves, spec in self._inputs:
@@ -66,12 +72,20 @@ class Replay:
         """Run the present block once more; its outputs become the inputs of ``module``."""
         for leaves, spec in self._inputs:
             outputs = tree_leaves(_call(self._module, leaves, spec))
-            for position, source in self._links.items():
+            for position, source in self._chain.links.items():
                 leaves[position] = outputs[source].detach()
         self._module = module
 
 
-def find_links(modules: Sequence[nn.Module], model: nn.Module, batch: Any) -> Links | None:
+@dataclass(frozen=True)
+class Chain:
+    """How the inputs of a block come from the block before, and their form."""
+
+    links: Links
+    spec: TreeSpec
+
+
+def find_chain(modules: Sequence[nn.Module], model: nn.Module, batch: Any) -> Chain | None:
     """How outputs of a block become inputs of the next, or None if replay would differ.
 
     Args:
@@ -86,7 +100,7 @@ def find_links(modules: Sequence[nn.Module], model: nn.Module, batch: Any) -> Li
             handle = module.register_forward_hook(trial.after(index))
             stack.callback(handle.remove)
         run_batch(model, batch)
-    return trial.links if trial.is_chain() else None
+    return trial.chain()
 
 
 class _Trial:
@@ -142,13 +156,14 @@ class _Trial:
             if isinstance(leaf, Tensor) and not leaf.is_inference():
                 self._versions[id(leaf)] = leaf._version
 
-    def is_chain(self) -> bool:
-        """Whether all blocks ran once, in order, linked alike, and the first can run alone."""
+    def chain(self) -> Chain | None:
+        """The chain, if all blocks ran once, in order, linked alike, and the first runs alone."""
         if not self._fits or self._seen != len(self._modules) or not self.links or not self._first:
-            return False
+            return None
         again = tree_leaves(_call(self._modules[0], *self._first))
         sources = set(self.links.values())
-        return all(torch.equal(again[i], self._first_outputs[i]) for i in sources)
+        same = all(torch.equal(again[i], self._first_outputs[i]) for i in sources)
+        return Chain(self.links, self._first[1]) if same else None
 
 
 def _links(
@@ -182,9 +197,7 @@ def _is_plain(leaf: Any) -> bool:
     """Tensors and constants: nothing that a block could leave a trace in."""
     if isinstance(leaf, Tensor):
         return not leaf.is_inference()  # these have no version that tells of writes
-    return leaf is None or isinstance(
-        leaf, (bool, int, float, complex, str, torch.dtype, torch.device)
-    )
+    return is_constant(leaf)
 
 
 def _copied(leaves: list[Any]) -> list[Any]:

@@ -25,15 +25,15 @@ class Net(nn.Module):
         self.head = nn.Linear(4, 2)
 
 
-def found(model, blocks=None):
-    weights = select(model, SparsityConfig()).chosen
+def found(model, blocks=None, **config):
+    weights = select(model, SparsityConfig(**config)).chosen
     specs = find_blocks(model, weights, blocks)
     assert sorted(w.name for spec in specs for w in spec.weights) == sorted(w.name for w in weights)
     assert all(spec.module is model.get_submodule(spec.name) for spec in specs)
     return [(spec.name, [weight.name for weight in spec.weights]) for spec in specs]
 
 
-def test_the_longest_list_with_weights_and_what_is_around_it():
+def test_the_list_that_holds_most_and_what_is_around_it():
     specs = found(Net())
     assert [name for name, _ in specs] == ["", "layers.0", "layers.1", "layers.2", ""]
     assert specs[0][1] == ["stem.weight"]
@@ -41,10 +41,27 @@ def test_the_longest_list_with_weights_and_what_is_around_it():
     assert len(specs[1][1]) == 3
 
 
-def test_of_lists_in_lists_the_longest():
+def test_a_list_of_one_is_no_blocks():
     specs = found(Net(1))
     assert [name for name, _ in specs] == ["", "layers.0.experts.0", "layers.0.experts.1", ""]
     assert specs[0][1] == ["stem.weight", "layers.0.a.weight"]
+
+
+def test_more_experts_than_layers_are_no_blocks():
+    model = Net(2)
+    for layer in model.layers:
+        layer.experts.extend(nn.Linear(4, 4) for _ in range(9))
+    assert [name for name, _ in found(model)] == ["", "layers.0", "layers.1", ""]
+
+
+def test_layers_that_stay_dense_are_passed_through():
+    specs = found(Net(4), exclude=["layers.1", "layers.3", "head"])
+    assert [(name, len(weights)) for name, weights in specs] == [
+        ("", 1),
+        ("layers.0", 3),
+        ("layers.1", 0),
+        ("layers.2", 3),
+    ]
 
 
 def test_a_model_without_blocks_is_one():

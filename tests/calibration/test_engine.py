@@ -9,7 +9,7 @@ from torch import nn
 import resu_compile as resu
 from resu_compile.calibration import engine
 from resu_compile.calibration.data import Batches
-from resu_compile.calibration.replay import find_links
+from resu_compile.calibration.replay import find_chain
 from resu_compile.methods import DSnoT, Wanda, WandaPlus
 from tests.methods.test_wanda import reference_rows, reference_squares
 
@@ -147,6 +147,37 @@ def test_blocks_of_a_chain_run_alone():
     assert counts[2] == 1 + 4
 
 
+def test_a_dense_block_between_is_run_as_well():
+    first, second = copies(GPT(), 2)
+    data = tokens()
+    loop = Batches(data)
+    dense = ["blocks.1", "stem", "head"]
+    counts = count_calls(first)
+    one = masks_of(first, "wanda", data, exclude=dense)
+    assert counts["model"] == 1 + 3
+    two = masks_of(second, "wanda", lambda model: loop(model), exclude=dense)
+    assert len(one) == 8
+    assert all(torch.equal(mask, two[name]) for name, mask in one.items())
+
+
+def test_batches_of_several_forms_run_whole():
+    class Masked(GPT):
+        def forward(self, tokens, mask=None):
+            x = self.embed(tokens)
+            for block in self.blocks:
+                x = block(x) if mask is None else block(x, mask=mask, causal=False)
+            return self.head(x)
+
+    first, second = Masked(), Masked()
+    second.load_state_dict(first.state_dict())
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    data = [(tokens(1)[0], mask), tokens(1)[0]]
+    loop = Batches(data)
+    masks = masks_of(first, "wanda", data, targets="blocks")
+    others = masks_of(second, "wanda", lambda model: loop(model), targets="blocks")
+    assert all(torch.equal(mask, others[name]) for name, mask in masks.items())
+
+
 class NoChain(GPT):
     """``kind`` says in which way its blocks do not simply follow one another."""
 
@@ -187,7 +218,7 @@ def test_what_is_no_chain_runs_whole_and_gives_the_same(kind):
     first, second = NoChain(kind), NoChain(kind)
     second.load_state_dict(first.state_dict())
     with torch.no_grad():
-        assert find_links(list(first.eval().blocks), first, data[0]) is None
+        assert find_chain(list(first.eval().blocks), first, data[0]) is None
     loop = Batches(data)
     counts = count_calls(first)
     one, two = masks_of(first, "wanda", data), masks_of(second, "wanda", lambda m: loop(m))
