@@ -132,9 +132,9 @@ def _bit(bits_ptr, offs, inside):
 
 
 @jit
-def _adam(w, g, m, v, lr, decay, beta1, beta2, eps, c1, c2):
-    m = m + (1.0 - beta1) * (g - m)
-    v = beta2 * v + (1.0 - beta2) * g * g
+def _adam(w, g, m, v, lr, decay, beta1, beta2, rest1, rest2, eps, c1, c2):
+    m = m + rest1 * (g - m)
+    v = beta2 * v + rest2 * g * g
     w = w * (1.0 - lr * decay) - (lr / c1) * m / (tl.sqrt(v / c2) + eps)
     return w, m, v
 
@@ -161,6 +161,8 @@ def _fused_update_kernel(
     a_decay,
     a_beta1,
     a_beta2,
+    a_rest1,
+    a_rest2,
     a_eps,
     a_c1,
     a_c2,
@@ -168,6 +170,8 @@ def _fused_update_kernel(
     t_decay,
     t_beta1,
     t_beta2,
+    t_rest1,
+    t_rest2,
     t_eps,
     t_c1,
     t_c2,
@@ -212,7 +216,9 @@ def _fused_update_kernel(
     new_m = m
     new_v = v
     if ACTIVE == 1:
-        new_w, new_m, new_v = _adam(w, g, m, v, a_lr, a_decay, a_beta1, a_beta2, a_eps, a_c1, a_c2)
+        new_w, new_m, new_v = _adam(
+            w, g, m, v, a_lr, a_decay, a_beta1, a_beta2, a_rest1, a_rest2, a_eps, a_c1, a_c2
+        )
     if ACTIVE == 2:
         new_w, new_m = _sgd(w, g + a_decay * w, m, a_lr, a_beta1, a_beta2, A_MOMENTUM, NESTEROV)
     if THETA != 0:
@@ -220,7 +226,9 @@ def _fused_update_kernel(
         t_m = m
         t_v = v
         if THETA == 1:
-            t_w, t_m, t_v = _adam(w, g, m, v, t_lr, t_decay, t_beta1, t_beta2, t_eps, t_c1, t_c2)
+            t_w, t_m, t_v = _adam(
+                w, g, m, v, t_lr, t_decay, t_beta1, t_beta2, t_rest1, t_rest2, t_eps, t_c1, t_c2
+            )
         else:
             kept = w * (1.0 - t_lr * t_decay)
             t_w, t_m = _sgd(kept, g, m, t_lr, t_beta1, t_beta2, T_MOMENTUM, False)
@@ -279,6 +287,8 @@ def _scalars(step: Step) -> tuple[float, ...]:
         step.weight_decay,
         step.beta1,
         step.beta2,
+        1.0 - step.beta1,  # in double: 1 - 0.999 in float32 is off by 5e-5 of itself
+        1.0 - step.beta2,
         step.eps,
         step.correction1,
         step.correction2,
@@ -299,6 +309,8 @@ def _packed_adam_kernel(
     decay,
     beta1,
     beta2,
+    rest1,
+    rest2,
     eps,
     c1,
     c2,
@@ -313,7 +325,7 @@ def _packed_adam_kernel(
     g = tl.load(g_ptr + offs, mask=active, other=0).to(tl.float32) * grad_factor
     m = tl.load(m_ptr + place, mask=active, other=0).to(tl.float32)
     v = tl.load(v_ptr + place, mask=active, other=0).to(tl.float32)
-    w, m, v = _adam(w, g, m, v, lr, decay, beta1, beta2, eps, c1, c2)
+    w, m, v = _adam(w, g, m, v, lr, decay, beta1, beta2, rest1, rest2, eps, c1, c2)
     tl.store(w_ptr + offs, w.to(w_ptr.dtype.element_ty), mask=active)
     tl.store(m_ptr + place, m.to(m_ptr.dtype.element_ty), mask=active)
     tl.store(v_ptr + place, v.to(v_ptr.dtype.element_ty), mask=active)

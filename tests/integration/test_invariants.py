@@ -50,6 +50,8 @@ OPTIMIZERS = {
     "Adam": (optim.Adam, {"lr": 0.05}),
     "Adam amsgrad": (optim.Adam, {"lr": 0.05, "amsgrad": True, "weight_decay": 0.1}),
     "AdamW": (optim.AdamW, {"lr": 0.05, "weight_decay": 0.1}),
+    "AdamW with masks": (resu.optim.AdamW, {"lr": 0.05, "weight_decay": 0.1}),
+    "SGD with masks": (resu.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
     "RMSprop": (optim.RMSprop, {"lr": 0.05, "weight_decay": 0.1}),
     "RMSprop all": (optim.RMSprop, {"lr": 0.05, "momentum": 0.9, "centered": True}),
     "Adafactor": (optim.Adafactor, {"lr": 0.05, "weight_decay": 0.1}),
