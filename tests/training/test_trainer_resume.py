@@ -168,6 +168,7 @@ def test_a_run_that_was_stopped_early_stays_stopped(tmp_path):
     evaluate = lambda _model: {"loss": 1.0}  # noqa: E731
     first = make_trainer(evaluate=evaluate, changes=changes).fit(make_batches())
     assert (first.steps, first.stopped_early) == (34, True)
+    assert (tmp_path / "step-00000034").is_dir()
     again = make_trainer(evaluate=evaluate, changes=changes).fit(make_batches(), resume=True)
     assert (again.steps, again.stopped_early, again.best) == (34, True, 1.0)
 
