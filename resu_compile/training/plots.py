@@ -13,24 +13,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resu_compile.errors import ArgumentError
+from resu_compile.training.mask_plots import (
+    BLACK,
+    BLUE,
+    ORANGE,
+    RED,
+    draw_layers,
+    draw_mask,
+    draw_resurrection,
+    of_event,
+)
 from resu_compile.training.stats import Record, read_stats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
-BLACK, ORANGE, BLUE, GREEN, RED = "#000000", "#E69F00", "#0072B2", "#009E73", "#D55E00"
 STAGES = {
     "warmup": ("#999999", "dense warm-up"),
     "stabilize": (ORANGE, "stabilize"),
     "resu": (RED, "RESU"),
     "recover": (BLUE, "recovery"),
 }
-RATE = "resurrection rate: of the places that were pruned, these came back"
-CHURN = "churn: of the active places, these came back"
-JACCARD = "Jaccard: overlap of the active places before and after"
-EVER = "Rs: places that were ever active"
 LOOK = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -39,9 +43,6 @@ LOOK = {
     "grid.alpha": 0.25,
     "grid.linewidth": 0.6,
 }
-MAX_LAYERS = 60
-MAX_MASKS = 4
-MAX_NUMBERS = 12  # cycles whose numbers have room beside each other
 LOG_FROM = 20.0  # a loss that falls by more than this factor is drawn on a logarithmic axis
 DPI = 130
 
@@ -70,9 +71,9 @@ def plot_stats(stats_path: str | Path, output_folder: str | Path) -> list[Path]:
             )
     drawings = {
         "learning_curve.png": _learning_curve,
-        "resurrection.png": _resurrection,
-        "layers.png": _layers,
-        "mask.png": _mask,
+        "resurrection.png": draw_resurrection,
+        "layers.png": draw_layers,
+        "mask.png": draw_mask,
     }
     pyplot = _pyplot()
     folder = Path(output_folder)
@@ -119,7 +120,7 @@ def stage_bands(records: Sequence[Record]) -> list[tuple[int, int, str, int]]:
     end and the next one's beginning.
     """
     bands: list[tuple[int, int, str, int]] = []
-    for record in _of(records, "step"):
+    for record in of_event(records, "step"):
         step, stage, cycle = record["step"], record["stage"], record["cycle"]
         if bands and bands[-1][2:] == (stage, cycle):
             bands[-1] = (bands[-1][0], step, stage, cycle)
@@ -129,8 +130,8 @@ def stage_bands(records: Sequence[Record]) -> list[tuple[int, int, str, int]]:
 
 
 def _learning_curve(pyplot: Any, records: Sequence[Record]) -> Figure | None:
-    steps = [r for r in _of(records, "step") if r.get("loss") is not None]
-    evaluations = [r for r in _of(records, "evaluation") if r.get("metrics")]
+    steps = [r for r in of_event(records, "step") if r.get("loss") is not None]
+    evaluations = [r for r in of_event(records, "evaluation") if r.get("metrics")]
     if not steps and not evaluations:
         return None
     names = list(dict.fromkeys(name for r in evaluations for name in r["metrics"]))
@@ -170,7 +171,8 @@ def _learning_curve(pyplot: Any, records: Sequence[Record]) -> Figure | None:
         _shade(axis, stage_bands(records))
     handles, labels = top.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
-    return _figure(figure)
+    found: Figure = figure
+    return found
 
 
 def _draw_metric(axis: Axes, evaluations: Sequence[Record], name: str) -> None:
@@ -222,7 +224,7 @@ def _draw_sparsity(axis: Axes, records: Sequence[Record]) -> None:
         drawstyle="steps-post",
     )
     for event, marker, colour in (("prune", "v", ORANGE), ("commit", "^", RED)):
-        found = [r for r in _of(records, event) if r.get("sparsity") is not None]
+        found = [r for r in of_event(records, event) if r.get("sparsity") is not None]
         axis.plot(
             [r["step"] for r in found],
             [100.0 * r["sparsity"] for r in found],
@@ -247,200 +249,3 @@ def _shade(axis: Axes, bands: Sequence[tuple[int, int, str, int]]) -> None:
         label = "_" if name in labelled else name
         axis.axvspan(start, stop, color=colour, alpha=0.15, linewidth=0, label=label)
         labelled.add(name)
-
-
-# -- resurrection ----------------------------------------------------------------------------
-
-
-def resurrection_rate(counts: Record) -> float:
-    """Share of the places that were pruned before a commit and are active after it, in [0, 1].
-
-    Args:
-        counts: one entry of ``CommitReport.as_dict()["weights"]``.
-    """
-    pruned_before = counts["total"] - counts["kept"] - counts["lost"]
-    return float(counts["resurrected"] / pruned_before) if pruned_before else 0.0
-
-
-def _resurrection(pyplot: Any, records: Sequence[Record]) -> Figure | None:
-    commits = _of(records, "commit")
-    if not commits:
-        return None
-    totals = [r["report"]["weights"]["total"] for r in commits]
-    cycles = [r["cycle"] for r in commits]
-    figure, (top, bottom) = pyplot.subplots(
-        2, 1, figsize=(8.0, 6.4), sharex=True, layout="constrained"
-    )
-    _line(top, cycles, [100.0 * t["churn"] for t in totals], RED, "o", CHURN)
-    _line(top, cycles, [100.0 * resurrection_rate(t) for t in totals], BLUE, "s", RATE)
-    highest = max(100.0 * max(t["churn"], resurrection_rate(t)) for t in totals)
-    every = 1 + (len(cycles) - 1) // MAX_NUMBERS
-    for cycle, counts in list(zip(cycles, totals, strict=True))[::every]:
-        height = 100.0 * max(counts["churn"], resurrection_rate(counts))
-        top.annotate(
-            f"{counts['resurrected']:,}",
-            (cycle, height),
-            xytext=(0, 7),
-            textcoords="offset points",
-            ha="center",
-            fontsize=9,
-        )
-    top.set_ylim(0, 1.25 * highest or 1.0)
-    top.set_ylabel("share in %")
-    top.set_title("What came back at each commit (the numbers count places)", fontsize=11)
-    _line(bottom, cycles, [100.0 * t["jaccard"] for t in totals], GREEN, "D", JACCARD)
-    known = [
-        (cycle, 100.0 * counts["ever_share"])
-        for cycle, counts in zip(cycles, totals, strict=True)
-        if counts.get("ever_share") is not None
-    ]
-    if known:
-        _line(bottom, [c for c, _ in known], [v for _, v in known], ORANGE, "^", EVER)
-    bottom.set_ylim(0, 104)
-    bottom.set_ylabel("share in %")
-    bottom.set_xlabel("cycle")
-    bottom.set_xticks(_ticks(cycles))
-    bottom.set_xlim(min(cycles) - 0.4, max(cycles) + 0.4)
-    for axis in (top, bottom):
-        axis.legend(loc="best", framealpha=0.9, fontsize=9)
-    return _figure(figure)
-
-
-def _line(
-    axis: Axes, x: Sequence[int], y: Sequence[float], colour: str, marker: str, label: str
-) -> None:
-    axis.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.5, label=label)
-
-
-def _ticks(cycles: Sequence[int]) -> list[int]:
-    every = 1 + (len(cycles) - 1) // 15
-    return list(cycles)[::every]
-
-
-# -- layers ----------------------------------------------------------------------------------
-
-
-def _layers(pyplot: Any, records: Sequence[Record]) -> Figure | None:
-    changes = [r for r in records if r["event"] in ("prune", "commit") and r.get("layers")]
-    if not changes:
-        return None
-    columns = list({r["cycle"]: r for r in changes}.values())  # the last change of each cycle
-    everyone = list(columns[-1]["layers"])
-    names = everyone[:MAX_LAYERS]
-    churn = {r["cycle"]: r["report"]["weights"] for r in _of(records, "commit")}
-    sparsity = [[100.0 * r["layers"].get(name, 0.0) for r in columns] for name in names]
-    came_back = [
-        [100.0 * churn.get(r["cycle"], {}).get(name, {}).get("churn", 0.0) for r in columns]
-        for name in names
-    ]
-    column = 0.9 if len(columns) <= MAX_NUMBERS else 0.3
-    labels = 0.08 * max(map(len, names))
-    figure, axes = pyplot.subplots(
-        1,
-        2,
-        figsize=(5.4 + column * len(columns) + labels, 1.9 + 0.32 * len(names)),
-        sharey=True,
-        layout="constrained",
-    )
-    cycles = [r["cycle"] for r in columns]
-    _heat(figure, axes[0], sparsity, cycles, "pruned in %", "Greys", (0.0, 100.0))
-    top = max(max(row) for row in came_back)
-    _heat(figure, axes[1], came_back, cycles, "churn in %", "Oranges", (0.0, top or 1.0))
-    axes[0].set_yticks(range(len(names)), names)
-    axes[0].set_title("Sparsity", fontsize=11)
-    axes[1].set_title("Came back, of the active", fontsize=11)
-    if len(names) < len(everyone):
-        figure.suptitle(f"The first {len(names)} of {len(everyone)} weights", fontsize=11)
-    return _figure(figure)
-
-
-def _heat(
-    figure: Figure,
-    axis: Axes,
-    rows: list[list[float]],
-    cycles: list[int],
-    label: str,
-    colours: str,
-    limits: tuple[float, float],
-) -> None:
-    """A table of shares in %, coloured; with the numbers where they have room."""
-    image = axis.imshow(rows, aspect="auto", cmap=colours, vmin=limits[0], vmax=limits[1])
-    axis.grid(visible=False)
-    axis.set_xlabel("end of cycle")
-    every = 1 + (len(cycles) - 1) // 15
-    axis.set_xticks(range(0, len(cycles), every), [str(c) for c in cycles[::every]])
-    figure.colorbar(image, ax=axis, label=label)
-    if len(cycles) > MAX_NUMBERS:
-        return
-    middle = 0.5 * (limits[0] + limits[1])
-    for y, row in enumerate(rows):
-        for x, value in enumerate(row):
-            colour = "white" if value > middle else "black"
-            axis.text(x, y, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=8)
-
-
-# -- mask ------------------------------------------------------------------------------------
-
-
-def _mask(pyplot: Any, records: Sequence[Record]) -> Figure | None:
-    changes = [r for r in records if r["event"] in ("prune", "commit") and r.get("mask")]
-    if not changes:
-        return None
-    shown = [changes[i] for i in _spread(len(changes), MAX_MASKS)]
-    figure, grid = pyplot.subplots(
-        1,
-        len(shown),
-        figsize=(2.9 * len(shown) + 1.4, 4.0),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for axis, record in zip(grid[0], shown, strict=True):
-        mask = record["mask"]
-        rows, columns = mask["shape"][0], _product(mask["shape"][1:])
-        image = axis.imshow(
-            [[100.0 * share for share in row] for row in mask["density"]],
-            cmap="Greys",
-            vmin=0.0,
-            vmax=100.0,
-            interpolation="nearest",
-            extent=(0, columns, rows, 0),
-            aspect="auto",
-        )
-        axis.grid(visible=False)
-        done = "pruning" if record["event"] == "prune" else "commit"
-        share = 1.0 - record["layers"][mask["name"]]
-        title = f"cycle {record['cycle']}, {done}\nstep {record['step']}, {share:.0%} active"
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("input")
-    grid[0][0].set_ylabel("output")
-    figure.colorbar(image, ax=grid[0].tolist(), label="active in a block, in %", shrink=0.8)
-    name, shape = shown[-1]["mask"]["name"], shown[-1]["mask"]["shape"]
-    figure.suptitle(f"Mask of {name} ({' x '.join(map(str, shape))})", fontsize=11)
-    return _figure(figure)
-
-
-def _spread(count: int, most: int) -> list[int]:
-    """At most ``most`` indices below ``count``, evenly spread, the first and the last included."""
-    if count <= most:
-        return list(range(count))
-    return [round(i * (count - 1) / (most - 1)) for i in range(most)]
-
-
-def _product(sizes: Sequence[int]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
-
-
-# -- records ---------------------------------------------------------------------------------
-
-
-def _of(records: Sequence[Record], event: str) -> list[Record]:
-    return [record for record in records if record["event"] == event]
-
-
-def _figure(figure: Any) -> Figure:
-    found: Figure = figure
-    return found

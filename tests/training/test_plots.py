@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from resu_compile.errors import ArgumentError
-from resu_compile.training.plots import plot_stats, resurrection_rate, stage_bands
+from resu_compile.training.mask_plots import resurrection_rate
+from resu_compile.training.plots import plot_stats, stage_bands
 
 pytest.importorskip("matplotlib")
 

@@ -21,6 +21,7 @@ from resu_compile.training.verify import (
     method_config,
     report_problems,
     run_method,
+    verified_task,
     verify,
 )
 
@@ -153,7 +154,7 @@ def test_outcome_says_how_it_ends(tmp_path):
     good, bad = VerifyOutcome(config, (row(),), 3.0), VerifyOutcome(config, (row([0.1] * 3),), 3.0)
     assert good.passed
     assert good.text().endswith("All checks passed.")
-    assert "Nothing was tuned" in good.text()
+    assert "No plan was tuned" in good.text()
     assert not bad.passed
     assert bad.text().splitlines()[-1].startswith("FAILED: digits at 90%: expected RESU")
     data = json.loads(bad.write(tmp_path / "new").read_text())
@@ -211,8 +212,6 @@ def test_plans_are_fair():
 
 def test_quick():
     pytest.importorskip("sklearn")
-    from resu_compile.demo.tasks import make_task
-
     lines = []
     config = VerifyConfig(tasks=("digits",), sparsities=(0.7, 0.9), seeds=1, quick=True)
     outcome = verify(config, tell=lines.append)
@@ -224,8 +223,16 @@ def test_quick():
         assert run.resurrected > 0
         assert 0.0 < run.came_back < 0.5
         assert made.runs["gradual"][0].resurrected == made.runs["gradual"][0].came_back == 0
-    again = run_method(make_task("digits", "small", "cpu"), "resu", config, sparsity=0.9, seed=0)
+    again = run_method(verified_task("digits", config), "resu", config, sparsity=0.9, seed=0)
     assert [again.score] == outcome.rows[1].scores("resu")
+
+
+def test_the_small_gpt_gets_more_steps():
+    task = verified_task("bytes", VerifyConfig())
+    assert (task.width, task.layers, task.context) == (64, 2, 64)
+    assert task.build(0).blocks[1].up.weight.shape == (256, 64)
+    large = verified_task("bytes", VerifyConfig(size="large"))
+    assert (large.width, large.layers) == (384, 6)
 
 
 @pytest.mark.parametrize(
