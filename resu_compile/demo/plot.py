@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from resu_compile.demo.schedule import Plan
 from resu_compile.demo.tasks import Score, Task
 from resu_compile.demo.training import Run
-from resu_compile.phase import Phase
+from resu_compile.training.plan import Plan, Stage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +59,7 @@ def _draw_task(top: Axes, bottom: Axes, task: Task, runs: Sequence[Run]) -> None
         label = f"{run.method.label}: {format_metric(task, run.score.metric)}"
         style = STYLES[run.method.key]
         top.plot(steps, values, label=label, linewidth=1.6, **style)  # type: ignore[arg-type]
-        edges, heights = _stairs(run.method.plan)
+        edges, heights = _stairs(run.method.plan, task.training.steps)
         bottom.plot(edges, heights, drawstyle="steps-post", linewidth=1.6, **style)  # type: ignore[arg-type]
         if run.method.key == "resu":
             _shade(top, run.method.plan)
@@ -85,19 +84,19 @@ def _height(task: Task, score: Score) -> float:
     return score.loss if task.metric == "accuracy" else score.metric
 
 
-def _stairs(plan: Plan) -> tuple[list[int], list[float]]:
-    edges = [span.start for span in plan] + [plan[-1].stop]
-    heights = [100.0 * span.sparsity for span in plan]
-    return edges, [*heights, heights[-1]]
+def _stairs(plan: Plan, steps: int) -> tuple[list[int], list[float]]:
+    edges = [span.start for span in plan] or [0]
+    heights = [100.0 * span.sparsity for span in plan] or [0.0]
+    return [*edges, steps], [*heights, heights[-1]]
 
 
 def _shade(axis: Axes, plan: Plan) -> None:
     """Grey for the dense warm-up, the colour of RESU for its phases."""
     labelled: set[str] = set()
     for span in plan:
-        if span.phase is Phase.SPARSE:
+        if span.stage not in (Stage.WARMUP, Stage.RESU):
             continue
-        resu = span.phase is Phase.RESU
+        resu = span.stage is Stage.RESU
         name = "RESU phases" if resu else "dense warm-up of RESU"
         colour = STYLES["resu"]["color"] if resu else "#999999"
         label = "_" if name in labelled else name

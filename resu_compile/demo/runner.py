@@ -15,9 +15,10 @@ from tabulate import tabulate
 import resu_compile as resu
 from resu_compile.demo.deploy import ExportCheck, export_and_check, inference_ms
 from resu_compile.demo.plot import format_metric, plot_runs
-from resu_compile.demo.schedule import dense_plan, gradual_plan, one_shot_plan, resu_plan
 from resu_compile.demo.tasks import Task, Training
 from resu_compile.demo.training import Method, Run, train
+from resu_compile.training.baselines import gradual_config, one_shot_config
+from resu_compile.training.config import CycleShares, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,22 @@ class TaskResult:
 
 def methods(training: Training, config: DemoConfig) -> tuple[Method, ...]:
     """What is compared, at an equal number of steps."""
-    steps, target, share = training.steps, config.sparsity, f"{config.sparsity:.0%}"
     begin, end = training.ramp
-    one_shot = one_shot_plan(steps, target, prune_at=training.one_shot_at)
-    gradual = gradual_plan(steps, target, prunings=2 * training.cycles, begin=begin, end=end)
-    resurrected = resu_plan(steps, target, cycles=training.cycles, begin=begin, end=end)
+    resurrected = TrainingConfig(
+        steps=training.steps,
+        warmup=begin,
+        recovery=1.0 - end,
+        cycles=training.cycles,
+        cycle=CycleShares(train=0.0, stabilize=0.7, resu=0.3),  # a cycle begins with its pruning
+        sparsity=config.sparsity,
+        budget_start=config.budget,
+        budget_end=config.budget,
+    )
+    one_shot = one_shot_config(resurrected, prune_at=round(training.steps * training.one_shot_at))
+    gradual = gradual_config(resurrected, prunings=2 * training.cycles)
+    share = f"{config.sparsity:.0%}"
     return (
-        Method("dense", "dense", dense_plan(steps)),
+        Method("dense", "dense"),
         Method("one_shot", f"one-shot {share}", one_shot),
         Method("gradual", f"gradual {share}", gradual),
         Method("resu", f"RESU {share}", resurrected),
@@ -77,7 +87,7 @@ def run_demo(tasks: Sequence[Task], config: DemoConfig) -> list[TaskResult]:
     results = []
     for task in tasks:
         runs = tuple(
-            train(task, method, seed=config.seed, budget=config.budget, compiled=config.compiled)
+            train(task, method, seed=config.seed, compiled=config.compiled)
             for method in methods(task.training, config)
         )
         times = inference_ms(task, [run.model for run in runs])

@@ -82,6 +82,16 @@ class Task(ABC):
     def build(self, seed: int) -> nn.Module:
         """A fresh model; the same ``seed`` gives the same weights."""
 
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """AdamW of all parameters at the highest learning rate."""
+        settings = self.training
+        return torch.optim.AdamW(
+            model.parameters(),
+            lr=settings.lr,
+            betas=(0.9, 0.95),
+            weight_decay=settings.weight_decay,
+        )
+
     @abstractmethod
     def batches(self, seed: int) -> Iterator[Batch]:
         """Endless training batches; the same ``seed`` gives the same order."""

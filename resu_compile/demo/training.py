@@ -1,58 +1,46 @@
-"""The training loop of the demo: an ordinary PyTorch loop that walks through a plan.
+"""The training loop of the demo: an ordinary PyTorch loop, with a ``Cycle`` beside it.
 
-What a user adds to a loop of his own is all here: ``sparsify`` before it, ``controller.prune``
-where the weights are to be pruned again, and ``with controller.resurrect(...)`` around the steps of
-a RESU phase.
+What a user adds to a loop of his own is all here: a ``Cycle`` before it, and ``cycle.step()`` after
+each step of the optimizer.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import resu_compile as resu
-from resu_compile.demo.schedule import Plan, Span
 from resu_compile.demo.tasks import Score, Task, batch_loss
-from resu_compile.phase import Phase
-from resu_compile.runtime.controller import Controller
+from resu_compile.training.config import TrainingConfig
+from resu_compile.training.cycle import Cycle
+from resu_compile.training.ever_pruned import EverPruned
+from resu_compile.training.plan import Plan, build_plan
 
 CURVE_POINTS = 30
 
 
 @dataclass(frozen=True)
 class Method:
-    """A plan, under the names that results and tables show."""
+    """How a model is pruned, under the names that results and tables show.
+
+    Attributes:
+        key: in ``results.json``.
+        label: in tables and pictures.
+        config: of the run; None trains a plain dense model.
+    """
 
     key: str
     label: str
-    plan: Plan
+    config: TrainingConfig | None = None
 
-
-class MaskHistory:
-    """Who was ever pruned, and who came back."""
-
-    def __init__(self) -> None:
-        self.resurrections = 0
-        self._ever_pruned: dict[str, Tensor] = {}
-
-    def observe(self, controller: Controller) -> None:
-        """Take note of the masks; to be called after each change of them."""
-        for name, mask in controller.masks.items():
-            before = self._ever_pruned.get(name)
-            self._ever_pruned[name] = ~mask if before is None else before | ~mask
-
-    def resurrected_share(self, controller: Controller) -> float:
-        """Share of the places active now that had been pruned before, in [0, 1]."""
-        masks = controller.masks
-        active = sum(int(mask.sum()) for mask in masks.values())
-        back = sum(int((masks[name] & was).sum()) for name, was in self._ever_pruned.items())
-        return back / active
+    @property
+    def plan(self) -> Plan:
+        """The spans of the run; none if it is plain."""
+        return build_plan(self.config) if self.config is not None else ()
 
 
 @dataclass
@@ -81,7 +69,7 @@ class Run:
     train_s: float = 0.0
 
 
-def train(task: Task, method: Method, *, seed: int, budget: float, compiled: bool = True) -> Run:
+def train(task: Task, method: Method, *, seed: int, compiled: bool = True) -> Run:
     """Train a fresh model of ``task`` by the plan of ``method``.
 
     For one ``seed`` every method starts from the same weights and sees the same batches in the same
@@ -89,78 +77,61 @@ def train(task: Task, method: Method, *, seed: int, budget: float, compiled: boo
 
     Args:
         task: data, model and training settings.
-        method: which phase runs when.
+        method: what is pruned and resurrected when.
         seed: of the initial weights and of the order of the batches.
-        budget: share of the kept places that each commit reserves for the resurrected, in [0, 1].
         compiled: compile the model; False runs it eagerly.
     """
     started = time.perf_counter()
     settings = task.training
     model = task.build(seed)
-    controller = None
-    if any(span.phase is not Phase.DENSE for span in method.plan):
-        resu.sparsify(model, sparsity=0.0, compile=compiled)  # masks of ones: nothing pruned yet
-        controller = resu.controller(model)
-        controller.set_phase("dense")
+    ever_pruned = EverPruned()
+    cycle = None
+    if method.config is not None:
+        config = replace(method.config, seed=seed, compile=compiled)
+        cycle = Cycle(
+            model, config, on_event=lambda _: ever_pruned.record(resu.controller(model))
+        ).start()
     elif compiled:
         model.compile()  # the dense baseline is plain PyTorch
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay
-    )
+    optimizer = task.optimizer(model)
 
     run = Run(method, model, Score(0.0, 0.0))
-    history = MaskHistory()
     batches = task.batches(seed + 1)
     score_every = max(1, settings.steps // CURVE_POINTS)
     label = f"{task.name:6s} | {method.label:14s}"
-    with tqdm(total=settings.steps, desc=label, unit="step", dynamic_ncols=True) as bar:
-        for span in method.plan:
-            with in_phase(span, controller, history, budget):
-                for step in range(span.start, span.stop):
-                    for group in optimizer.param_groups:
-                        group["lr"] = settings.lr_at(step)
-                    inputs, target = next(batches)
-                    with autocast(task):
-                        logits = model(inputs)
-                    loss = batch_loss(logits, target)
-                    loss.backward()
-                    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                    optimizer.step()
-                    optimizer.zero_grad()
+    bar = tqdm(range(settings.steps), desc=label, unit="step", dynamic_ncols=True)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr_at(step)
+        inputs, target = next(batches)
+        with autocast(task):
+            logits = model(inputs)
+        loss = batch_loss(logits, target)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
 
-                    bar.update()
-                    if step % 10 == 0:  # reading the loss waits for the device
-                        bar.set_postfix_str(f"{span.phase} loss {loss.item():.3f}")
-                    if (step + 1) % score_every == 0:
-                        run.curve.append((step + 1, evaluate(task, model, quick=True)))
+        if step % 10 == 0:  # reading the loss waits for the device
+            stage = "dense" if cycle is None else cycle.stage
+            bar.set_postfix_str(f"{stage} loss {loss.item():.3f}")
+        if (step + 1) % score_every == 0:
+            run.curve.append((step + 1, evaluate(task, model, quick=True)))
+        if cycle is not None:
+            cycle.step()  # prunes, opens a RESU phase or commits, where the plan says so
 
-    run.score = evaluate(task, model)
-    if controller is not None:
+    if cycle is not None:
+        controller = resu.controller(cycle.finish())
         run.sparsity = controller.sparsity
-        run.resurrections = history.resurrections
-        run.resurrected_share = history.resurrected_share(controller)
+        run.resurrections = sum(
+            stats.commit["weights"]["total"]["resurrected"]
+            for stats in cycle.history
+            if stats.commit
+        )
+        run.resurrected_share = ever_pruned.came_back(controller)
+    run.score = evaluate(task, model)
     run.train_s = time.perf_counter() - started
     return run
-
-
-@contextmanager
-def in_phase(
-    span: Span, controller: Controller | None, history: MaskHistory, budget: float
-) -> Iterator[None]:
-    """Enter the phase of ``span``, and commit at its end if it is a RESU phase."""
-    if controller is None or span.phase is Phase.DENSE:
-        yield
-    elif span.phase is Phase.SPARSE:
-        if span.sparsity > controller.config.sparsity:
-            controller.prune(span.sparsity)
-            history.observe(controller)
-        yield
-    else:
-        # theta starts at 0, and the loop's own optimizer trains it beside the active weights
-        with controller.resurrect(rule="optimizer", budget=budget) as resurrection:
-            yield
-        history.resurrections += resurrection.report.resurrected
-        history.observe(controller)
 
 
 def evaluate(task: Task, model: nn.Module, *, quick: bool = False) -> Score:
