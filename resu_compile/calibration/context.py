@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,10 @@ from resu_compile.kernels.mask_bits import pack_mask, unpack_mask
 
 @contextmanager
 def calibrating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, nothing compiled, no fused attention; all of it restored.
+    """Eval mode, no gradients, nothing compiled, no fused layers; all of it restored.
 
-    The fused attention of torch would take the projections out of sight of the observer.
+    The fused attention and recurrent layers of torch would take their products out of sight of the
+    observer.
     """
     training = [module for module in model.modules() if module.training]
     fused = torch.backends.mha.get_fastpath_enabled()
@@ -25,9 +27,17 @@ def calibrating(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.callback(_set_training, training)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fused)
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            for backend in (torch.backends.mkldnn, torch.backends.cudnn):
+                stack.callback(_enable, backend, backend.enabled)
+                _enable(backend, False)
         model.eval()
         torch.backends.mha.set_fastpath_enabled(False)
         yield
+
+
+def _enable(backend: Any, value: object) -> None:
+    backend.enabled = value
 
 
 def _set_training(modules: list[nn.Module]) -> None:

@@ -47,6 +47,10 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
     aten.addmv.default: (1, 2),
     aten._addmm_activation.default: (1, 2),
 }
+# not in every release
+_GROUPED = [
+    getattr(aten, name).default for name in ("_grouped_mm", "grouped_mm") if hasattr(aten, name)
+]
 _COPIES = (aten.clone.default, aten._to_copy.default)
 
 
@@ -159,6 +163,8 @@ class Observer(TorchDispatchMode):
             self._product(name, place, args[first if right else second], right)
         elif func is aten.convolution.default and position == 1 and not args[6]:
             self._convolution(name, place, args)
+        elif func in _GROUPED and position == 1 and len(place.sizes) == 3 and args[0].dim() == 2:
+            self._grouped(name, place, args[0], args[2])
         elif func in _COPIES:
             shift = -int(output.storage_offset())
             number = None
@@ -169,7 +175,10 @@ class Observer(TorchDispatchMode):
             reference = StorageWeakRef(output.untyped_storage())
             self._copies[_address(output)] = (reference, name, number, shift)
         elif not (isinstance(output, Tensor) and _address(output) == _address(args[position])):
-            self._watched[name].other_ops.add(str(func))
+            transposed = func is aten.convolution.default and args[6]
+            self._watched[name].other_ops.add(
+                "a transposed convolution" if transposed else str(func)
+            )
 
     # -- products --------------------------------------------------------------------------------
     def _product(self, name: str, place: Place, inputs: Tensor, right: bool) -> None:
@@ -189,6 +198,15 @@ class Observer(TorchDispatchMode):
         turned = _map(summary, lambda part: part.transpose(-1, -2))  # broadcasts to the place
         self._orient(name, self._watched[name].places.dims_along(place, axis), False)
         self._add(name, place, turned)
+
+    def _grouped(self, name: str, place: Place, inputs: Tensor, ends: Tensor) -> None:
+        """Each matrix of a stack has the rows of ``inputs`` up to its entry of ``ends``."""
+        start = 0
+        for expert, end in enumerate(ends.tolist()):
+            offset = place.offset + expert * place.strides[0]
+            part = replace(place, offset=offset, sizes=place.sizes[1:], strides=place.strides[1:])
+            self._product(name, part, inputs[start:end], True)
+            start = end
 
     def _convolution(self, name: str, place: Place, args: Sequence[Any]) -> None:
         """Columns are (channel, kernel place); each sees a shifted, strided part of the input."""

@@ -137,6 +137,29 @@ def test_an_expert_that_no_token_reaches_is_named():
         norm_of(model, batches(2, 3, 4))
 
 
+def test_tokens_that_are_grouped_by_expert():
+    ends = torch.tensor([2, 5, 9], dtype=torch.int32)
+    model = Product(lambda x, w: torch._grouped_mm(x, w.transpose(1, 2), offs=ends), 3, 16, 8)
+    model.bfloat16()
+    data = [torch.randn(9, 8).bfloat16() for _ in range(2)]
+    found = norm_of(model, data)
+    for expert, (start, end) in enumerate([(0, 2), (2, 5), (5, 9)]):
+        expected = column_norms([x[start:end].float() for x in data], 2)
+        torch.testing.assert_close(found[expert], expected.expand(16, 8), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers(kind):
+    model, data = kind(4, 5, batch_first=True), batches(2, 3, 4)
+    found = input_norms(model, ["weight_ih_l0", "weight_hh_l0"], data)
+    expected = column_norms(data, 6)
+    ratio = found["weight_ih_l0"][0] / expected  # a product a token or one for all of them
+    torch.testing.assert_close(ratio, ratio[:1].expand(4), **CLOSE)
+    assert found["weight_hh_l0"].shape == (1, 5)
+    assert torch.backends.mkldnn.enabled
+    assert torch.backends.cudnn.enabled
+
+
 # -- attention -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("training", [True, False])
 def test_attention_with_one_input(training):
@@ -321,7 +344,10 @@ UNSEEN = {
     "never": (lambda x, _w: x, "saw none"),
     "added": (lambda x, w: x + w[:4, :4].sum(), "saw only .*sum"),
     "elementwise": (lambda x, w: x * w[0], "saw only aten.mul"),
-    "transposed": (lambda x, w: F.conv_transpose1d(x, w[:, :, None]), "saw only aten.convolution"),
+    "transposed": (
+        lambda x, w: F.conv_transpose1d(x, w[:, :, None]),
+        "saw only a transposed convolution",
+    ),
 }
 
 
