@@ -42,14 +42,26 @@ class CudaModule:
             self._functions[name] = found
         return found
 
-    def launch(self, name: str, grid: int, args: ctypes.Structure) -> None:
-        """Launch on the current stream; ``args`` is the kernel's only parameter, by value."""
+    def launch(
+        self, name: str, grid: int, args: ctypes.Structure, *, cooperative: bool = False
+    ) -> None:
+        """Launch on the current stream; ``args`` is the kernel's only parameter, by value.
+
+        Args:
+            name: the kernel.
+            grid: number of blocks.
+            args: what the kernel takes.
+            cooperative: all blocks run at once, or the launch fails.
+        """
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+        address = ctypes.addressof(pointers)
         stream = self._driver.CUstream(torch.cuda.current_stream().cuda_stream)
         size = (grid, 1, 1, self._threads, 1, 1)
-        launched = self._driver.cuLaunchKernel(
-            self.function(name), *size, 0, stream, ctypes.addressof(pointers), 0
-        )
+        function = self.function(name)
+        if cooperative:
+            launched = self._driver.cuLaunchCooperativeKernel(function, *size, 0, stream, address)
+        else:
+            launched = self._driver.cuLaunchKernel(function, *size, 0, stream, address, 0)
         _checked(launched)
 
 

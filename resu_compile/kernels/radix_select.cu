@@ -18,10 +18,9 @@ typedef unsigned long long u64;
 #define TILE (THREADS * QUAD)  // elements of a block in one go
 #define BINS 2048
 #define CHUNKS 2048            // at most, of the search among ties; four for each thread
-#define FINE 16384             // bins of the sample: exponent and 6 bits of the mantissa
-#define NONE 0xffffffffu
-
-#define ALL 0xffffffffu
+#define FINE 8192              // bins of the sample: exponent and 5 bits of the mantissa
+#define NONE 0xffffffffu       // no digit
+#define ALL 0xffffffffu        // every bit, every lane
 
 struct State {  // zeroed before the first pass
   u64 cut;      // with a want left over: the last index taken of the keys equal to the threshold
@@ -33,10 +32,11 @@ struct State {  // zeroed before the first pass
   u32 listed;    // those keys are in the lists of the step
   u32 overflow;  // a list was too short
   u32 above[2];  // keys above lo + width, of valid and of marked places
+  u32 phase;     // last phase of a fused launch that all blocks have finished
   u32 done[8];   // blocks that finished, a counter for each pass
 };
 
-struct Args {  // mirrored by _nvrtc.Args
+struct Args {  // mirrored by _radix_cuda.CudaArgs
   void* weight;
   const void* source;  // gradient, or score: what the keys are made of
   float* ema;
@@ -44,15 +44,12 @@ struct Args {  // mirrored by _nvrtc.Args
   const u8* bits;  // 0: valid place; null: all are
   u8* marked;      // 1: marked place, a subset of the valid ones
   u32* hist;       // [4][2][BINS], zeroed; all valid places are [0] + [1]
-  u32* fine;       // [2][FINE], zeroed; the same of the sample
+  u64* fine;       // [FINE], zeroed; the same of the sample: all in the low half, marked in the high
   State* state;
-  u32* counts;        // [2][CHUNKS]
-  u32* lengths;       // [2][segments]: entries in each segment of the lists
-  u32* window_key;    // [segments][window_room], with the mark in bit 0; keys in question
-  u32* window_place;  // index
-  float* window_step;
-  u32* sure_place;  // [segments][sure_room]; marked keys above those in question
-  float* sure_step;
+  u32* counts;   // [2][CHUNKS]
+  u32* lengths;  // [2][segments]: entries in each segment of the lists
+  uint4* window;  // [segments][window_room]: keys in question, with the mark in bit 0; index, step
+  uint2* sure;    // [segments][sure_room]: marked keys above those in question; index, step
   u8* mask;
   u64 numel;
   u64 chunk;  // elements, a multiple of TILE
@@ -190,15 +187,31 @@ __device__ __forceinline__ void clear(u32* hist) {
   __syncthreads();
 }
 
-// Whether this block is the last of the grid to get here; it then sees what all others wrote.
-__device__ __forceinline__ bool is_last(u32* done) {
+// Whether this block is the last of ``blocks`` to get here; it then sees what all others wrote.
+__device__ __forceinline__ bool is_last(u32* done, u32 blocks) {
   __shared__ bool last;
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(done, 1u) == gridDim.x - 1;
+  if (threadIdx.x == 0) last = atomicAdd(done, 1u) == blocks - 1;
   __syncthreads();
   __threadfence();
   return last;
+}
+
+// Thread 0 of the last block of a phase: what it wrote before is for all to read.
+__device__ __forceinline__ void release(State* s, u32 phase) {
+  __threadfence();
+  atomicExch(&s->phase, phase);
+}
+
+// In a fused launch, where all blocks run at once: until the last block has released the phase.
+__device__ __forceinline__ void await(const State* s, u32 phase) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    while (*(volatile const u32*)&s->phase < phase) __nanosleep(32);
+    __threadfence();
+  }
+  __syncthreads();
 }
 
 // Finds the digit at ``shift`` from the counts of all blocks; whether a rank falls in these bins is
@@ -248,14 +261,13 @@ __device__ __forceinline__ bool add_counts(const u32* own, u32* hist, u32* done)
   __syncthreads();
   for (int b = threadIdx.x; b < 2 * BINS; b += THREADS)
     if (own[b]) atomicAdd(hist + b, own[b]);
-  return is_last(done);
+  return is_last(done, gridDim.x);
 }
 
 // -- passes ----------------------------------------------------------------------------------
 // The next digit of at most 11 bits.
 template <bool STEP>
-__device__ __forceinline__ void count_digits(const Args& a, int pass) {
-  __shared__ u32 own[2 * BINS];
+__device__ __forceinline__ void count_digits(const Args& a, int pass, u32* own) {
   State* s = a.state;
   const bool first = !STEP && pass == 0;  // the step begins in step_averages
   u32 want[2] = {first ? a.want[0] : s->want[0], first ? a.want[1] : s->want[1]};
@@ -273,14 +285,9 @@ __device__ __forceinline__ void count_digits(const Args& a, int pass) {
   };
   if (STEP && s->listed) {
     const u32 length = a.lengths[blockIdx.x];
-    const u32* keys = a.window_key + (u64)blockIdx.x * a.window_room;
-    for (u32 e = threadIdx.x * 4; e < length; e += THREADS * 4) {
-      const uint4 k = __ldcg((const uint4*)(keys + e));  // the room is a multiple of 4
-      count(k.x & ~1u, k.x & 1u);
-      if (e + 1 < length) count(k.y & ~1u, k.y & 1u);
-      if (e + 2 < length) count(k.z & ~1u, k.z & 1u);
-      if (e + 3 < length) count(k.w & ~1u, k.w & 1u);
-    }
+    const uint4* entries = a.window + (u64)blockIdx.x * a.window_room;
+    for (u32 e = threadIdx.x; e < length; e += THREADS)
+      count(entries[e].x & ~1u, entries[e].x & 1u);
   } else {
     const u64 tiles = (a.numel + 2 * TILE - 1) / (2 * TILE);
     for (u64 t = blockIdx.x; t < tiles; t += gridDim.x) {
@@ -299,7 +306,10 @@ __device__ __forceinline__ void count_digits(const Args& a, int pass) {
   u32* hist = a.hist + pass * 2 * BINS;
   if (!add_counts(own, hist, s->done + pass)) return;
   pick(hist, want, shift, s);
-  if (threadIdx.x == 0) s->width = width;
+  if (threadIdx.x == 0) {
+    s->width = width;
+    release(s, 2 + pass);
+  }
 }
 
 // Where fewer than all of the keys equal to the threshold are taken: the last index taken.
@@ -311,24 +321,27 @@ __device__ __forceinline__ void cut_ties(const Args& a) {
   State* s = a.state;
   const u32 want[2] = {s->want[0], s->want[1]}, threshold = s->lo + s->prefix;
   if (!(want[0] | want[1])) return;
-  if (threadIdx.x < 2) ties[threadIdx.x] = 0u;
-  __syncthreads();
-  u32 all = 0, some = 0;
-  for (u64 t = 0; t < a.chunk; t += TILE) {
-    u32 key[QUAD], valid, marked;
-    keys4<STEP>(a, blockIdx.x * a.chunk + t + threadIdx.x * QUAD, key, valid, marked);
+  const u32 chunks = (a.numel + a.chunk - 1) / a.chunk;
+  for (u32 chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
+    if (threadIdx.x < 2) ties[threadIdx.x] = 0u;
+    __syncthreads();
+    u32 all = 0, some = 0;
+    for (u64 t = 0; t < a.chunk; t += TILE) {
+      u32 key[QUAD], valid, marked;
+      keys4<STEP>(a, chunk * a.chunk + t + threadIdx.x * QUAD, key, valid, marked);
 #pragma unroll
-    for (int j = 0; j < QUAD; ++j) {
-      u32 hit = (valid >> j & 1u) && key[j] == threshold;
-      all += hit;
-      some += hit & (marked >> j);
+      for (int j = 0; j < QUAD; ++j) {
+        u32 hit = (valid >> j & 1u) && key[j] == threshold;
+        all += hit;
+        some += hit & (marked >> j);
+      }
     }
+    if (all) atomicAdd(ties, all);
+    if (some) atomicAdd(ties + 1, some);
+    __syncthreads();
+    if (threadIdx.x < 2) a.counts[threadIdx.x * CHUNKS + chunk] = ties[threadIdx.x];
   }
-  if (all) atomicAdd(ties, all);
-  if (some) atomicAdd(ties + 1, some);
-  __syncthreads();
-  if (threadIdx.x < 2) a.counts[threadIdx.x * CHUNKS + blockIdx.x] = ties[threadIdx.x];
-  if (!is_last(s->done + 4)) return;
+  if (!is_last(s->done + 4, gridDim.x)) return;
 
   u64 least = ~0ull;
   for (int c = 0; c < 2; ++c) {
@@ -336,7 +349,7 @@ __device__ __forceinline__ void cut_ties(const Args& a) {
     u32 h[4], sum = 0;
     for (int j = 0; j < 4; ++j) {
       u32 chunk = 4 * threadIdx.x + j;
-      h[j] = chunk < gridDim.x ? __ldcg(a.counts + c * CHUNKS + chunk) : 0u;
+      h[j] = chunk < chunks ? __ldcg(a.counts + c * CHUNKS + chunk) : 0u;
       sum += h[j];
     }
     u32 total, before = block_scan(sum, total) - sum;
@@ -368,7 +381,10 @@ __device__ __forceinline__ void cut_ties(const Args& a) {
     least = cut < least ? cut : least;
     __syncthreads();
   }
-  if (threadIdx.x == 0) s->cut = least;
+  if (threadIdx.x == 0) {
+    s->cut = least;
+    release(s, 6);
+  }
 }
 
 // Places at or above the threshold, ties up to the cut.
@@ -384,13 +400,16 @@ struct Threshold {
 
 #if MODULE == 0  // top-k mask of a score
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) topk_digit0(Args a) {
-  count_digits<false>(a, 0);
+  __shared__ u32 own[2 * BINS];
+  count_digits<false>(a, 0, own);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) topk_digit1(Args a) {
-  count_digits<false>(a, 1);
+  __shared__ u32 own[2 * BINS];
+  count_digits<false>(a, 1, own);
 }
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) topk_digit2(Args a) {
-  count_digits<false>(a, 2);
+  __shared__ u32 own[2 * BINS];
+  count_digits<false>(a, 2, own);
 }
 extern "C" __global__ void __launch_bounds__(THREADS) topk_ties(Args a) { cut_ties<false>(a); }
 

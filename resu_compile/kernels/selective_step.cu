@@ -2,14 +2,13 @@
 // then brings the averages up to date, counts what is above and lists the keys in question and the
 // marked places above them, with their steps. The digits of the threshold come from the short list,
 // and the update touches the listed weights alone. Where the sample misled (which the exact counts
-// of the pass show) or a list was too short, the same kernels take the digits and the update from
-// the whole tensors.
+// of the pass show) or a list was too short, the digits and the update come from the whole tensors.
+// All phases are one cooperative launch.
 //
 // Follows radix_select.cu; the rounding is that of PyTorch's own kernels (mul_, then add_ with
 // alpha as one fused multiply-add), so that C > tau falls alike.
 //
-// Also defined by the including source: WEIGHT_KIND, as KEY_KIND; PARTS, blocks that share a
-// segment of the lists in the update.
+// Also defined by the including source: WEIGHT_KIND, as KEY_KIND; SAMPLE_BLOCKS.
 
 // m and v of four places in place, their direction m / (v + delta); returns the marks C > tau.
 __device__ __forceinline__ u32 averages4(const Args& a, u32 valid, const float g[QUAD],
@@ -37,91 +36,91 @@ __device__ __forceinline__ float moved(const Args& a, float w, float step) {
 }
 
 // -- sample ----------------------------------------------------------------------------------
-// Bounds of the threshold: the bins of the sampled ranks, eight standard errors to each side.
-__device__ void bound_threshold(const Args& a, float share) {
+#define SAMPLE_QUADS 2  // of a thread
+#define FINE_SHIFT 19
+
+// Bounds of the threshold: the bins of the sampled ranks, six standard errors to each side.
+__device__ __forceinline__ void bound_threshold(const Args& a, float share) {
   __shared__ u32 lo[2], hi[2];
   constexpr int OWN = FINE / THREADS;
+  const u32 first = FINE - OWN * (threadIdx.x + 1);
+  u64 h[OWN];
+  u32 sum[2] = {0u, 0u};
+#pragma unroll
+  for (int j = 0; j < OWN; ++j) h[j] = __ldcg(a.fine + first + j);
+#pragma unroll
+  for (int j = 0; j < OWN; ++j) sum[0] += (u32)h[j], sum[1] += (u32)(h[j] >> 32);
+#pragma unroll
   for (int c = 0; c < 2; ++c) {
-    const float rank = a.want[c] * share, margin = 8.0f * sqrtf(rank) + 16.0f;
+    const float rank = a.want[c] * share, margin = 6.0f * sqrtf(rank) + 16.0f;
     const u32 far = (u32)(rank + margin) + 1u, near = rank > margin ? (u32)(rank - margin) : 0u;
     if (threadIdx.x == 0) lo[c] = 0u, hi[c] = near ? 0u : ALL;
-    const u32 first = FINE - OWN * (threadIdx.x + 1);
-    u32 h[OWN], sum = 0, total;
-#pragma unroll
-    for (int j = 0; j < OWN; j += 4) {
-      uint4 q = __ldcg((const uint4*)(a.fine + FINE + first + j));
-      if (c == 0) {
-        const uint4 other = __ldcg((const uint4*)(a.fine + first + j));
-        q.x += other.x, q.y += other.y, q.z += other.z, q.w += other.w;
-      }
-      h[j] = q.x, h[j + 1] = q.y, h[j + 2] = q.z, h[j + 3] = q.w;
-      sum += q.x + q.y + q.z + q.w;
-    }
-    u32 above = block_scan(sum, total) - sum;
+    u32 total, above = block_scan(sum[c], total) - sum[c];
 #pragma unroll
     for (int j = OWN - 1; j >= 0; --j) {
-      const u32 upto = above + h[j];
-      if (above < far && far <= upto) lo[c] = (first + j) << 18;
-      if (near && above < near && near <= upto) hi[c] = (first + j) << 18 | 0x3ffffu;
+      const u32 upto = above + (u32)(h[j] >> 32 * c);
+      if (above < far && far <= upto) lo[c] = (first + j) << FINE_SHIFT;
+      if (near && above < near && near <= upto)
+        hi[c] = (first + j) << FINE_SHIFT | ((1u << FINE_SHIFT) - 1u);
       above = upto;
     }
-    __syncthreads();
   }
+  __syncthreads();
   if (threadIdx.x == 0) {
     a.state->lo = max(lo[0], lo[1]);
     a.state->width = max(hi[0], hi[1]) - max(lo[0], lo[1]);
+    release(a.state, 1);
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) step_sample(Args a) {
-  const u64 quads = (a.numel + QUAD - 1) / QUAD, sampled = (u64)gridDim.x * THREADS;
-  const u32 q = blockIdx.x * THREADS + threadIdx.x;
-  u64 quad = q;
-  if (quads > sampled) {  // one of each stretch, so that no period of the weight meets the stride
-    u32 hash = q * 2654435761u;
-    hash = (hash ^ hash >> 15) * 2246822519u;
-    quad = q * quads / sampled + (hash ^ hash >> 13) % (u32)(quads / sampled);
-  }
-  const u64 i = quad * QUAD;
-  float g[QUAD], m[QUAD], v[QUAD], direction[QUAD];
-  load4<KEY_KIND, false>(a.source, i, a.numel, g);
-  load4<0, false>(a.ema, i, a.numel, m);
-  load4<0, false>(a.ema_abs, i, a.numel, v);
-  const u32 valid = inside4(i, a.numel) & ~bits4(a.bits, i, a.numel);
-  const u32 marked = averages4(a, valid, g, m, v, direction);
+__device__ __forceinline__ void sample(const Args& a, u32* own) {
+  const u64 quads = (a.numel + QUAD - 1) / QUAD;
+  const u32 blocks = min(gridDim.x, SAMPLE_BLOCKS), sampled = blocks * THREADS * SAMPLE_QUADS;
+  if (blockIdx.x >= blocks) return;
+  for (int b = threadIdx.x; b < FINE; b += THREADS) own[b] = 0u;
+  __syncthreads();
+  float g[SAMPLE_QUADS][QUAD], m[SAMPLE_QUADS][QUAD], v[SAMPLE_QUADS][QUAD], direction[QUAD];
+  u32 valid[SAMPLE_QUADS];
 #pragma unroll
-  for (int j = 0; j < QUAD; ++j)
-    if (valid >> j & 1u)
-      atomicAdd(a.fine + (marked >> j & 1u) * FINE + (key_of_magnitude(g[j]) >> 18), 1u);
-  if (!is_last(a.state->done + 5)) return;
-  bound_threshold(a, quads > sampled ? (float)(sampled * QUAD) / (float)a.numel : 1.0f);
+  for (int r = 0; r < SAMPLE_QUADS; ++r) {
+    const u32 q = (blockIdx.x * SAMPLE_QUADS + r) * THREADS + threadIdx.x;
+    u64 quad = q;
+    if (quads > sampled) {  // one of each stretch, so that no period of the weight meets the stride
+      u32 hash = q * 2654435761u;
+      hash = (hash ^ hash >> 15) * 2246822519u;
+      quad = q * quads / sampled + (hash ^ hash >> 13) % (u32)(quads / sampled);
+    }
+    const u64 i = quad * QUAD;
+    load4<KEY_KIND, false>(a.source, i, a.numel, g[r]);
+    load4<0, false>(a.ema, i, a.numel, m[r]);
+    load4<0, false>(a.ema_abs, i, a.numel, v[r]);
+    valid[r] = inside4(i, a.numel) & ~bits4(a.bits, i, a.numel);
+  }
+#pragma unroll
+  for (int r = 0; r < SAMPLE_QUADS; ++r) {
+    const u32 marked = averages4(a, valid[r], g[r], m[r], v[r], direction);
+#pragma unroll
+    for (int j = 0; j < QUAD; ++j)
+      if (valid[r] >> j & 1u)  // at most 4096 of a block: 16 bits are enough for each half
+        atomicAdd(own + (key_of_magnitude(g[r][j]) >> FINE_SHIFT), 1u | (marked >> j & 1u) << 16);
+  }
+  __syncthreads();
+  for (int b = threadIdx.x; b < FINE; b += THREADS)
+    if (own[b]) atomicAdd(a.fine + b, (u64)(own[b] >> 16) << 32 | (own[b] & 0xffffu));
+  if (!is_last(a.state->done + 5, blocks)) return;
+  bound_threshold(a, quads > sampled ? (float)((u64)sampled * QUAD) / (float)a.numel : 1.0f);
 }
 
 // -- averages --------------------------------------------------------------------------------
-// Appends to the block's segments; ``length`` counts on past the room.
-struct Lists {
-  u32* key;
-  u32* place;
-  float* step;
-  u32* sure_place;
-  float* sure_step;
-  __device__ __forceinline__ explicit Lists(const Args& a, u32 segment)
-      : key(a.window_key + (u64)segment * a.window_room),
-        place(a.window_place + (u64)segment * a.window_room),
-        step(a.window_step + (u64)segment * a.window_room),
-        sure_place(a.sure_place + (u64)segment * a.sure_room),
-        sure_step(a.sure_step + (u64)segment * a.sure_room) {}
-};
-
 template <bool SELECT>
-__device__ __forceinline__ void averages(const Args& a) {
-  __shared__ u32 own[SELECT ? 2 * BINS : 1];
+__device__ __forceinline__ void averages(const Args& a, u32* own) {
   __shared__ u32 length[2], above[2];
   State* s = a.state;
   const u32 lo = SELECT ? s->lo : 0u, width = SELECT ? s->width : 0u, hi = lo + width;
   const u32 open = 32 - __clz(width | 1u), shift = open > 11 ? open - 11 : 0;
   const u32 lane = threadIdx.x & 31;
-  const Lists lists(a, blockIdx.x);
+  uint4* in_question = a.window + (u64)blockIdx.x * a.window_room;
+  uint2* certain = a.sure + (u64)blockIdx.x * a.sure_room;
   if (SELECT) {
     if (threadIdx.x < 2) length[threadIdx.x] = above[threadIdx.x] = 0u;
     clear(own);
@@ -186,19 +185,14 @@ __device__ __forceinline__ void averages(const Args& a) {
     for (int r = 0; r < 2; ++r)
 #pragma unroll
       for (int j = 0; j < QUAD; ++j) {
+        const u32 place = (u32)(i + r * TILE + j), bits = __float_as_uint(step[r][j]);
         if (window[r] >> j & 1u) {
-          if (e < a.window_room) {
-            lists.key[e] = key_of_magnitude(g[r][j]) | (marked[r] >> j & 1u);
-            lists.place[e] = (u32)(i + r * TILE + j);
-            lists.step[e] = step[r][j];
-          }
+          const u32 key = key_of_magnitude(g[r][j]) | (marked[r] >> j & 1u);
+          if (e < a.window_room) in_question[e] = make_uint4(key, place, bits, 0u);
           ++e;
         }
         if (sure[r] >> j & 1u) {
-          if (f < a.sure_room) {
-            lists.sure_place[f] = (u32)(i + r * TILE + j);
-            lists.sure_step[f] = step[r][j];
-          }
+          if (f < a.sure_room) certain[f] = make_uint2(place, bits);
           ++f;
         }
       }
@@ -233,27 +227,11 @@ __device__ __forceinline__ void averages(const Args& a) {
     s->want[0] = a.want[0];
     s->want[1] = a.want[1];
   }
+  release(s, 2);
 }
-
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) step_averages(Args a) {
-  averages<false>(a);
-}
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) step_select(Args a) {
-  averages<true>(a);
-}
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) step_digit1(Args a) {
-  count_digits<true>(a, 1);
-}
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) step_digit2(Args a) {
-  count_digits<true>(a, 2);
-}
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) step_digit3(Args a) {
-  count_digits<true>(a, 3);
-}
-extern "C" __global__ void __launch_bounds__(THREADS) step_ties(Args a) { cut_ties<true>(a); }
 
 // -- update ----------------------------------------------------------------------------------
-#define BATCH 4  // independent loads in flight of a thread
+#define BATCH 8  // independent loads in flight of a thread
 
 __device__ __forceinline__ float load1(const void* base, u32 i) {
   if (WEIGHT_KIND == 0) return ((const float*)base)[i];
@@ -267,28 +245,23 @@ __device__ __forceinline__ void store1(void* base, u32 i, float x) {
     ((unsigned short*)base)[i] = narrow<WEIGHT_KIND>(x);
 }
 
-// Moves the listed weights; ``taken`` says which entries of the list.
-template <typename Taken>
-__device__ __forceinline__ void move_listed(const Args& a, const u32* places, const float* steps,
-                                            u32 length, Taken taken) {
-  const u32 first = blockIdx.x % PARTS * THREADS + threadIdx.x;
-  for (u32 e = first; e < length; e += BATCH * PARTS * THREADS) {
-    u32 place[BATCH];
-    float step[BATCH], w[BATCH];
+// Moves the listed weights; ``read(e)`` gives an entry as index and step, and whether it is taken.
+template <typename Read>
+__device__ __forceinline__ void move_listed(const Args& a, u32 length, Read read) {
+  for (u32 first = threadIdx.x; first < length; first += BATCH * THREADS) {
+    uint2 entry[BATCH];
+    float w[BATCH];
     bool take[BATCH];
 #pragma unroll
     for (int k = 0; k < BATCH; ++k) {
-      const u32 at = e + k * PARTS * THREADS;
-      take[k] = at < length;
-      place[k] = take[k] ? places[at] : 0u;
-      step[k] = take[k] ? steps[at] : 0.0f;
-      take[k] = take[k] && taken(at, place[k]);
+      const u32 e = first + k * THREADS;
+      take[k] = e < length && read(e, entry[k]);
     }
 #pragma unroll
-    for (int k = 0; k < BATCH; ++k) w[k] = take[k] ? load1(a.weight, place[k]) : 0.0f;
+    for (int k = 0; k < BATCH; ++k) w[k] = take[k] ? load1(a.weight, entry[k].x) : 0.0f;
 #pragma unroll
     for (int k = 0; k < BATCH; ++k)
-      if (take[k]) store1(a.weight, place[k], moved(a, w[k], step[k]));
+      if (take[k]) store1(a.weight, entry[k].x, moved(a, w[k], __uint_as_float(entry[k].y)));
   }
 }
 
@@ -317,18 +290,45 @@ __device__ __forceinline__ void move_all(const Args& a, const Threshold& thresho
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) step_update(Args a) {
+__device__ __forceinline__ void update(const Args& a) {
   const Threshold threshold(a.state);
   if (!a.state->listed) {
     move_all(a, threshold);
     return;
   }
-  const u32 segment = blockIdx.x / PARTS;
-  const Lists lists(a, segment);
-  move_listed(a, lists.sure_place, lists.sure_step, a.lengths[a.segments + segment],
-              [](u32, u32) { return true; });
-  move_listed(a, lists.place, lists.step, a.lengths[segment], [&](u32 e, u32 place) {
-    const u32 key = lists.key[e];
-    return (key & 1u) && threshold.takes(key & ~1u, place);
+  const u32 segment = blockIdx.x;
+  const uint2* certain = a.sure + (u64)segment * a.sure_room;
+  const uint4* in_question = a.window + (u64)segment * a.window_room;
+  move_listed(a, a.lengths[a.segments + segment], [&](u32 e, uint2& entry) {
+    entry = certain[e];
+    return true;
   });
+  move_listed(a, a.lengths[segment], [&](u32 e, uint2& entry) {
+    const uint4 q = in_question[e];
+    entry = make_uint2(q.y, q.z);
+    return (q.x & 1u) && threshold.takes(q.x & ~1u, q.y);
+  });
+}
+
+// -- launches --------------------------------------------------------------------------------
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) step_averages(Args a) {
+  averages<false>(a, nullptr);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_SM) step_fused(Args a) {
+  __shared__ u32 own[FINE > 2 * BINS ? FINE : 2 * BINS];
+  const State* s = a.state;
+  sample(a, own);
+  await(s, 1);
+  averages<true>(a, own);
+  await(s, 2);
+  for (int pass = 1; pass < 4 && s->shift && (s->want[0] | s->want[1]); ++pass) {
+    count_digits<true>(a, pass, own);
+    await(s, 2 + pass);
+  }
+  if (s->want[0] | s->want[1]) {
+    cut_ties<true>(a);
+    await(s, 6);
+  }
+  update(a);
 }

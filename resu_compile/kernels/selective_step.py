@@ -22,23 +22,25 @@ from torch import Tensor
 
 from resu_compile.errors import ArgumentError
 from resu_compile.kernels._nvrtc import CudaModule, load_module
-from resu_compile.kernels._triton import HAS_TRITON, cdiv, jit, tl
-from resu_compile.kernels.mask_bits import check_bits, unpack_mask
-from resu_compile.kernels.radix_select import (
+from resu_compile.kernels._radix_cuda import (
     BLOCKS_PER_SM,
     KINDS,
-    MAX_NUMEL,
     QUAD,
     THREADS,
     TILE,
     CudaArgs,
     count_blocks,
-    find_threshold_triton,
     is_aligned,
+    start_search,
+)
+from resu_compile.kernels._triton import HAS_TRITON, cdiv, jit, tl
+from resu_compile.kernels.mask_bits import check_bits, unpack_mask
+from resu_compile.kernels.radix_select import (
+    MAX_NUMEL,
+    find_threshold_triton,
     load_bits,
     load_keys,
     load_taken,
-    start_search,
     tile_offsets,
     topk_mask,
 )
@@ -205,8 +207,7 @@ def selective_step_triton(places: Places, rule: Rule) -> None:
 
 
 # -- CUDA C++ --------------------------------------------------------------------------------
-SAMPLE_BLOCKS = 64  # of 2048 places: the threshold is then known to 1 % of the places or so
-PARTS = 4  # blocks that share a segment of the lists in the update
+SAMPLE_BLOCKS = 16  # of 4096 places: the threshold is then known to 2 % of the places or so
 
 
 def step_module(weight: Tensor, grad: Tensor) -> CudaModule | None:
@@ -216,7 +217,7 @@ def step_module(weight: Tensor, grad: Tensor) -> CudaModule | None:
         ("KEY_KIND", KINDS[grad.dtype]),
         ("WEIGHT_KIND", KINDS[weight.dtype]),
         ("BLOCKS_PER_SM", BLOCKS_PER_SM),
-        ("PARTS", PARTS),
+        ("SAMPLE_BLOCKS", SAMPLE_BLOCKS),
     )
     files = ("radix_select.cu", "selective_step.cu")
     return load_module(files, defines, THREADS, weight.device.index)
@@ -254,22 +255,13 @@ def selective_step_cuda(module: CudaModule, places: Places, rule: Rule) -> None:
     args.segments = segments
     args.window_room = min(most, cdiv(numel // 8, segments * QUAD) * QUAD + TILE)
     args.sure_room = min(most, cdiv(rule.k_select * 5 // 4, segments * QUAD) * QUAD + TILE)
-    window, sure, lengths = segments * args.window_room, segments * args.sure_room, 2 * segments
-    words = 3 * window + 2 * sure + lengths
+    window, sure = segments * args.window_room, segments * args.sure_room  # 16 and 8 bytes each
+    words = 4 * window + 2 * sure + 2 * segments
     _workspace, lists = start_search(args, places.grad, want, fine=True, list_words=words)
-    args.window_key = lists
-    args.window_place = args.window_key + 4 * window
-    args.window_step = args.window_place + 4 * window
-    args.sure_place = args.window_step + 4 * window
-    args.sure_step = args.sure_place + 4 * sure
-    args.lengths = args.sure_step + 4 * sure
-    sample = min(cdiv(cdiv(numel, QUAD), THREADS), SAMPLE_BLOCKS)
-    module.launch("step_sample", sample, args)
-    module.launch("step_select", segments, args)
-    for digit in (1, 2, 3):  # in full only where the sample misled
-        module.launch(f"step_digit{digit}", segments, args)
-    module.launch("step_ties", cdiv(numel, args.chunk), args)
-    module.launch("step_update", segments * PARTS, args)
+    args.window = lists
+    args.sure = args.window + 16 * window
+    args.lengths = args.sure + 8 * sure
+    module.launch("step_fused", segments, args, cooperative=True)
 
 
 # -- operator --------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from resu_compile.kernels import radix_select, selective_step
 from resu_compile.kernels._triton import HAS_TRITON
 from resu_compile.kernels.mask_bits import pack_mask
 from resu_compile.kernels.selective_step import (
+    SAMPLE_BLOCKS,
     Places,
     Rule,
     selective_step_,
@@ -337,8 +338,8 @@ def test_large(shares, gradient, impl):
 
 
 def sampled_places(numel):
-    """The places that step_sample of selective_step.cu looks at."""
-    quads, sampled = numel // 4, 64 * 512
+    """The places that the sample of selective_step.cu looks at."""
+    quads, sampled = numel // 4, SAMPLE_BLOCKS * 1024
     assert quads > sampled, "all are sampled"
     q = torch.arange(sampled)
     mixed = q * 2654435761 % 2**32
@@ -365,10 +366,10 @@ def test_a_misleading_sample_is_noticed(factor, shares, listed, monkeypatch):
     rule = RULE._replace(k_screen=shares[0], k_select=shares[1])
     places, pruned, rule = make((numel,), rule, "normal", device="cuda")
     places.grad[sampled_places(numel).cuda()] *= factor
-    kept = []
+    kept, original = [], selective_step.start_search
 
     def start_search(*args, **kwargs):
-        kept.append(radix_select.start_search(*args, **kwargs))
+        kept.append(original(*args, **kwargs))
         return kept[-1]
 
     monkeypatch.setattr(selective_step, "start_search", start_search)
