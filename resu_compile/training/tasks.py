@@ -176,9 +176,7 @@ def adapt_demo_task(task: Task, *, steps: int, seed: int) -> TrainingTask:
 
     settings = replace(task.training, steps=steps)
     model = task.build(seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay
-    )
+    optimizer = task.optimizer(model)
 
     def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         inputs, target = batch

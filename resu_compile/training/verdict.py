@@ -189,9 +189,9 @@ def _number(row: Row, value: float, sign: str = "") -> str:
 def notes_on(rows: Sequence[Row]) -> list[str]:
     """What the table means, and what it must not hide: rows without a loss, rows RESU lost."""
     seeds = len(rows[0].runs["resu"])
+    how = "one seed" if seeds == 1 else f"mean ± standard deviation over {seeds} seeds"
     notes = [
-        f"Held-out scores: mean ± standard deviation over {seeds} seed{'s' * (seeds > 1)}, equal "
-        "steps, batches and initial weights.",
+        f"Held-out scores: {how}; equal steps, batches and initial weights.",
         "gradual: RESU's plan without resurrection. lost: by one-shot against dense, ± standard",
         "error; recovered: of it, by RESU. came back: share of the finally active weights that had",
         "been pruned before.",

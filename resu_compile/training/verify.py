@@ -32,9 +32,11 @@ from resu_compile.errors import ArgumentError, check_choice, check_integer, chec
 from resu_compile.runtime.commit_report import CommitReport
 from resu_compile.runtime.controller import Controller
 from resu_compile.sparsity import keep_count
+from resu_compile.training.baselines import dense_config, gradual_config, one_shot_config
 from resu_compile.training.callbacks import Callback
-from resu_compile.training.config import CycleShares, TrainingConfig
+from resu_compile.training.config import TrainingConfig
 from resu_compile.training.cycle import Cycle
+from resu_compile.training.ever_pruned import EverPruned
 from resu_compile.training.plan import build_plan
 from resu_compile.training.presets import preset
 from resu_compile.training.tasks import BUILT_IN, adapt_demo_task
@@ -52,7 +54,7 @@ SMALL_GPT = {"width": 64, "layers": 2, "heads": 2, "context": 64}
 QUICK_STEPS = {"digits": 60, "bytes": 30}
 QUICK_CYCLES = 2
 DATA_NOTE = (
-    "No plan was tuned for these runs: it is preset 'default', and the learning rates are the\n"
+    "No plan was tuned for these runs: it is preset {preset!r}, and the learning rates are the\n"
     "demo's. Those were settled earlier on runs of these tasks, held-out data included."
 )
 
@@ -69,6 +71,7 @@ class VerifyConfig:
         device: ``"cpu"`` or ``"cuda"``.
         quick: few steps, in which nothing is learned: counts and resurrections alone are judged.
         compile: compile the models.
+        preset: of RESU's plan, one of ``PRESETS`` whose sparsity rises.
     """
 
     tasks: tuple[str, ...] = BUILT_IN
@@ -78,6 +81,7 @@ class VerifyConfig:
     device: str = "cpu"
     quick: bool = False
     compile: bool = False
+    preset: str = "default"
 
     def __post_init__(self) -> None:
         """Check every field; the messages name the argument."""
@@ -93,6 +97,10 @@ class VerifyConfig:
         check_integer(self.seeds, name="seeds", minimum=1)
         check_choice(self.size, ("small", "large"), name="size")
         check_choice(self.device, ("cpu", "cuda"), name="device")
+        if preset(self.preset).densify is not None:
+            raise ArgumentError(
+                f"preset: expected one whose sparsity rises, got {self.preset!r}, whose falls"
+            )
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,8 @@ class VerifyOutcome:
     def text(self) -> str:
         """The table, what it means and how it ends."""
         ending = [f"FAILED: {failure}" for failure in self.failures] or ["All checks passed."]
-        parts = [verify_table(self.rows), "", *notes_on(self.rows), DATA_NOTE]
+        note = DATA_NOTE.format(preset=self.config.preset)
+        parts = [verify_table(self.rows), "", *notes_on(self.rows), note]
         return "\n".join([*parts, f"Took {self.elapsed_s:.0f} s.", "", *ending])
 
     def write(self, folder: str | Path) -> Path:
@@ -157,7 +166,13 @@ class VerifyOutcome:
 
 
 def method_config(
-    method: str, *, steps: int, sparsity: float, seed: int, cycles: int | None = None
+    method: str,
+    *,
+    steps: int,
+    sparsity: float,
+    seed: int,
+    base: str = "default",
+    cycles: int | None = None,
 ) -> TrainingConfig:
     """The config of a method of ``METHODS``; all have the same steps.
 
@@ -166,10 +181,11 @@ def method_config(
         steps: optimizer steps in all.
         sparsity: final, in (0, 1); of no consequence to ``"dense"``.
         seed: of the run.
+        base: the preset.
         cycles: None takes the preset's.
     """
     config = preset(
-        "default",
+        base,
         steps=steps,
         sparsity=sparsity,
         seed=seed,
@@ -177,17 +193,12 @@ def method_config(
         compile=False,
         **({} if cycles is None else {"cycles": cycles}),
     )
-    once = CycleShares(train=0.0, stabilize=1.0, resu=0.0)
-    shares = config.cycle
     if method == "gradual":
-        sparse = shares.stabilize + shares.resu
-        return replace(config, cycle=CycleShares(shares.train, stabilize=sparse, resu=0.0))
+        return gradual_config(config)
     if method == "one_shot":
-        cut = next(span.start for span in build_plan(config) if span.sparsity == sparsity)
-        return replace(config, warmup=cut / steps, recovery=0.0, cycles=1, cycle=once)
-    if method == "dense":
-        return replace(config, sparsity=0.0, cycles=1, cycle=once)
-    return config
+        full = next(span.start for span in build_plan(config) if span.sparsity == sparsity)
+        return one_shot_config(config, prune_at=full)
+    return dense_config(config) if method == "dense" else config
 
 
 def verify(config: VerifyConfig, *, tell: Callable[[str], None] | None = None) -> VerifyOutcome:
@@ -232,7 +243,10 @@ def verified_task(name: str, config: VerifyConfig) -> Task:
     from resu_compile.demo.tasks import make_task
 
     task = make_task(name, config.size, config.device)
-    return replace(task, **SMALL_GPT) if (name, config.size) == ("bytes", "small") else task
+    if (name, config.size) != ("bytes", "small"):
+        return task
+    smaller: dict[str, Any] = dict(SMALL_GPT)
+    return replace(task, **smaller)
 
 
 def _plan(config: VerifyConfig) -> list[tuple[str, float]]:
@@ -259,6 +273,7 @@ def run_method(
             steps=steps,
             sparsity=sparsity,
             seed=seed,
+            base=config.preset,
             cycles=QUICK_CYCLES if config.quick else None,
         ),
         compile=config.compile,
@@ -286,7 +301,7 @@ def run_method(
         seed=seed,
         score=final["metrics"][task.metric],
         resurrected=witness.resurrected,
-        came_back=witness.came_back(controller),
+        came_back=witness.ever_pruned.came_back(controller),
         problems=tuple(problems),
         elapsed_s=time.perf_counter() - started,
     )
@@ -298,7 +313,7 @@ class Witness(Callback):
     def __init__(self) -> None:
         self.resurrected = 0
         self.problems: list[str] = []
-        self._ever_pruned: dict[str, torch.Tensor] = {}
+        self.ever_pruned = EverPruned()
 
     def on_prune(self, trainer: Trainer, report: CommitReport) -> None:
         """Note who is pruned."""
@@ -312,19 +327,10 @@ class Witness(Callback):
     def _see(self, cycle: Cycle, report: CommitReport) -> None:
         controller = cycle.controller
         assert controller is not None
-        for name, mask in controller.masks.items():
-            before = self._ever_pruned.get(name)
-            self._ever_pruned[name] = ~mask if before is None else before | ~mask
+        self.ever_pruned.record(controller)
         # a pruning is told in the span that it begins, a commit in the one that it ends
         target = cycle.sparsities[cycle.span.cycle]
         self.problems += report_problems(report, target, step=cycle.step_index)
-
-    def came_back(self, controller: Controller) -> float:
-        """Share of the places active now that had been pruned before, in [0, 1]."""
-        masks = controller.masks
-        active = sum(int(mask.sum()) for mask in masks.values())
-        back = sum(int((masks[name] & was).sum()) for name, was in self._ever_pruned.items())
-        return back / active if active else 0.0
 
 
 def report_problems(report: CommitReport, sparsity: float, *, step: int) -> list[str]:

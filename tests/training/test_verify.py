@@ -202,6 +202,9 @@ def test_plans_are_fair():
     assert [span.sparsity for span in one_shot] == [0.0, 0.7]
     full = next(span.start for span in plans["resu"] if span.sparsity == 0.7)
     assert one_shot[1].start == full
+    published = method_config("resu", steps=600, sparsity=0.7, seed=0, base="published")
+    assert published.resurrection.freeze_active
+    assert published.warmup == 0.0
     ends = [(s.start, s.sparsity) for s in plans["resu"] if s.stage is Stage.STABILIZE]
     assert [(s.start, s.sparsity) for s in plans["gradual"] if s.stage is Stage.STABILIZE] == ends
     assert not any(span.stage is Stage.RESU for m in ("gradual", "one_shot") for span in plans[m])
@@ -246,6 +249,8 @@ def test_the_small_gpt_gets_more_steps():
         ({"seeds": 0}, "seeds: expected an integer >= 1"),
         ({"size": "huge"}, "size: expected one of"),
         ({"device": "tpu"}, "device: expected one of"),
+        ({"preset": "fast"}, "preset: expected one of"),
+        ({"preset": "densification"}, "preset: expected one whose sparsity rises"),
     ],
 )
 def test_a_wrong_config(wrong, message):
