@@ -6,7 +6,7 @@
     pruned   adam, momentum, sgd as in runtime/rules.py, on all pruned places or a chosen subset
     either   none   value and state stay as they are, bit for bit
 
-A side that does not move is neither read nor written. The state of both sides lies in the same
+A side that does not move gets back the bits that it had. The state of both sides lies in the same
 tensors. ``packed_adam`` is the same Adam step with moments for the active places only, as vectors
 in the order of the bit rank (kernels/bit_rank.py).
 """
@@ -186,63 +186,46 @@ def _fused_update_kernel(
     # int64: stacked expert weights pass 2**31 elements
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offs < numel
-    active = _bit(bits_ptr, offs, inside) & inside
-    pruned = inside & ~active
-    side_a = active if ACTIVE != 0 else inside & False
-    side_t = pruned if THETA != 0 else inside & False
-    moves = side_a | side_t
-    w = tl.load(w_ptr + offs, mask=moves, other=0).to(tl.float32)
-    g = tl.load(g_ptr + offs, mask=moves, other=0).to(tl.float32) * grad_factor
-    A_FIRST: tl.constexpr = ACTIVE == 1 or A_MOMENTUM
-    T_FIRST: tl.constexpr = THETA == 1 or T_MOMENTUM
-    firsts = inside & False
-    if A_FIRST:
-        firsts = firsts | side_a
-    if T_FIRST:
-        firsts = firsts | side_t
-    seconds = inside & False
-    if ACTIVE == 1:
-        seconds = seconds | side_a
-    if THETA == 1:
-        seconds = seconds | side_t
+    # whole vectors are read and written, also where a side stays: a mask by bits would split every
+    # 16-byte access into four (fp32 4096x4096 on an H200: 0.130 ms; Inductor without: 0.112 ms)
+    active = _bit(bits_ptr, offs, inside)
+    w = tl.load(w_ptr + offs, mask=inside, other=0).to(tl.float32)
+    g = tl.load(g_ptr + offs, mask=inside, other=0).to(tl.float32) * grad_factor
+    FIRST: tl.constexpr = ACTIVE == 1 or THETA == 1 or A_MOMENTUM or T_MOMENTUM
+    SECOND: tl.constexpr = ACTIVE == 1 or THETA == 1
     m = tl.zeros((BLOCK,), tl.float32)
     v = tl.zeros((BLOCK,), tl.float32)
-    if A_FIRST or T_FIRST:
-        m = tl.load(m_ptr + offs, mask=firsts, other=0).to(tl.float32)
-    if ACTIVE == 1 or THETA == 1:
-        v = tl.load(v_ptr + offs, mask=seconds, other=0).to(tl.float32)
+    if FIRST:
+        m = tl.load(m_ptr + offs, mask=inside, other=0).to(tl.float32)
+    if SECOND:
+        v = tl.load(v_ptr + offs, mask=inside, other=0).to(tl.float32)
 
-    new_w = w
-    new_m = m
-    new_v = v
+    a_w, a_m, a_v = w, m, v
     if ACTIVE == 1:
-        new_w, new_m, new_v = _adam(
+        a_w, a_m, a_v = _adam(
             w, g, m, v, a_lr, a_decay, a_beta1, a_beta2, a_rest1, a_rest2, a_eps, a_c1, a_c2
         )
     if ACTIVE == 2:
-        new_w, new_m = _sgd(w, g + a_decay * w, m, a_lr, a_beta1, a_beta2, A_MOMENTUM, NESTEROV)
-    if THETA != 0:
-        t_w = w
-        t_m = m
-        t_v = v
-        if THETA == 1:
-            t_w, t_m, t_v = _adam(
-                w, g, m, v, t_lr, t_decay, t_beta1, t_beta2, t_rest1, t_rest2, t_eps, t_c1, t_c2
-            )
-        else:
-            kept = w * (1.0 - t_lr * t_decay)
-            t_w, t_m = _sgd(kept, g, m, t_lr, t_beta1, t_beta2, T_MOMENTUM, False)
-        if CHOSEN:
-            t_w = tl.where(_bit(chosen_ptr, offs, inside), t_w, w)
-        new_w = tl.where(active, new_w, t_w)
-        new_m = tl.where(active, new_m, t_m)
-        new_v = tl.where(active, new_v, t_v)
+        a_w, a_m = _sgd(w, g + a_decay * w, m, a_lr, a_beta1, a_beta2, A_MOMENTUM, NESTEROV)
+    t_w, t_m, t_v = w, m, v
+    if THETA == 1:
+        t_w, t_m, t_v = _adam(
+            w, g, m, v, t_lr, t_decay, t_beta1, t_beta2, t_rest1, t_rest2, t_eps, t_c1, t_c2
+        )
+    if THETA == 2:
+        kept = w * (1.0 - t_lr * t_decay)
+        t_w, t_m = _sgd(kept, g, m, t_lr, t_beta1, t_beta2, T_MOMENTUM, False)
+    if CHOSEN:
+        t_w = tl.where(_bit(chosen_ptr, offs, inside), t_w, w)
 
-    tl.store(w_ptr + offs, new_w.to(w_ptr.dtype.element_ty), mask=moves)
-    if A_FIRST or T_FIRST:
-        tl.store(m_ptr + offs, new_m.to(m_ptr.dtype.element_ty), mask=firsts)
-    if ACTIVE == 1 or THETA == 1:
-        tl.store(v_ptr + offs, new_v.to(v_ptr.dtype.element_ty), mask=seconds)
+    new_w = tl.where(active, a_w, t_w)
+    tl.store(w_ptr + offs, new_w.to(w_ptr.dtype.element_ty), mask=inside)
+    if FIRST:
+        new_m = tl.where(active, a_m, t_m)
+        tl.store(m_ptr + offs, new_m.to(m_ptr.dtype.element_ty), mask=inside)
+    if SECOND:
+        new_v = tl.where(active, a_v, t_v)
+        tl.store(v_ptr + offs, new_v.to(v_ptr.dtype.element_ty), mask=inside)
 
 
 _KINDS = {"none": 0, "adam": 1, "sgd": 2}
@@ -321,12 +304,13 @@ def _packed_adam_kernel(
     inside = offs < numel
     active = _bit(bits_ptr, offs, inside) & inside
     place = tl.load(ranks_ptr + pid) + tl.cumsum(active.to(tl.int32), 0) - 1
-    w = tl.load(w_ptr + offs, mask=active, other=0).to(tl.float32)
-    g = tl.load(g_ptr + offs, mask=active, other=0).to(tl.float32) * grad_factor
+    old = tl.load(w_ptr + offs, mask=inside, other=0)
+    w = old.to(tl.float32)
+    g = tl.load(g_ptr + offs, mask=inside, other=0).to(tl.float32) * grad_factor
     m = tl.load(m_ptr + place, mask=active, other=0).to(tl.float32)
     v = tl.load(v_ptr + place, mask=active, other=0).to(tl.float32)
     w, m, v = _adam(w, g, m, v, lr, decay, beta1, beta2, rest1, rest2, eps, c1, c2)
-    tl.store(w_ptr + offs, w.to(w_ptr.dtype.element_ty), mask=active)
+    tl.store(w_ptr + offs, tl.where(active, w.to(w_ptr.dtype.element_ty), old), mask=inside)
     tl.store(m_ptr + place, m.to(m_ptr.dtype.element_ty), mask=active)
     tl.store(v_ptr + place, v.to(v_ptr.dtype.element_ty), mask=active)
 
