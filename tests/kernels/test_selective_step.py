@@ -267,6 +267,38 @@ def test_50_steps_of_a_plain_loop(impl, device):
     assert_close(places.weight[pruned].cpu().double(), theta, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("blocks", [1, 7, 264])
+@pytest.mark.parametrize("numel", [1, 4099, 300_007])
+def test_the_lists_of_the_cuda_launch_fit(numel, blocks, monkeypatch):
+    launched, workspaces, original = [], [], selective_step.start_search
+
+    def start_search(*args, **kwargs):
+        workspace, lists = original(*args, **kwargs)
+        workspaces.append(workspace)
+        return workspace, lists
+
+    class Recorder:
+        def launch(self, name, grid, args, *, cooperative):
+            launched.append((name, grid, args, cooperative))
+
+    monkeypatch.setattr(selective_step, "start_search", start_search)
+    monkeypatch.setattr(selective_step, "count_blocks", lambda _: blocks)
+    places, _, rule = make((numel,), RULE._replace(k_screen=1, k_select=1), density=0.0)
+    selective_step_cuda(Recorder(), places, rule)
+    ((name, grid, args, cooperative),), (workspace,) = launched, workspaces
+    assert (name, grid, cooperative) == ("step_fused", blocks, True)
+    start, end = workspace.data_ptr(), workspace.data_ptr() + workspace.nbytes
+    assert start == args.state < args.hist < args.fine < args.counts < args.window
+    assert args.window % 16 == args.sure % 16 == 0
+    assert args.window + 16 * blocks * args.window_room == args.sure
+    assert args.sure + 8 * blocks * args.sure_room == args.lengths
+    assert args.lengths + 4 * 2 * blocks == end
+    assert blocks * args.sure_room >= rule.k_select
+    assert blocks * args.window_room >= numel / 8
+    assert args.numel == numel <= args.chunk * 1024
+    assert list(args.want) == [numel, numel]
+
+
 def test_float64_takes_the_reference(device):
     places, pruned, rule = make((64,), RULE._replace(k_screen=0.5, k_select=0.2), device=device)
     places = Places._make((*(x.double() for x in places[:4]), places.bits))
