@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from resu_compile.calibration.blocks import BlockSpec
 from resu_compile.calibration.context import Journal
-from resu_compile.calibration.data import is_constant
+from resu_compile.calibration.data import kept_leaf
 from resu_compile.calibration.observer import Observer
 from resu_compile.calibration.statistics import InputStatistics, count_samples
 from resu_compile.comparison import Pattern, RowLayout, check_divisible, pattern_mask, row_mask
@@ -181,15 +180,5 @@ def first_floating(output: Any, name: str) -> Tensor:
 
 
 def _kept(value: Any) -> Any:
-    """``value`` with its tensors and objects copied, since a block may write into its inputs.
-
-    An object that is neither a tensor nor a constant may hold what earlier blocks have left there
-    (a cache of keys and values), and each call has to find it as the model's own call did.
-    """
-    return tree_map(_kept_leaf, value)
-
-
-def _kept_leaf(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor):
-        return leaf.detach().clone()
-    return leaf if is_constant(leaf) else copy.deepcopy(leaf)
+    """``value`` with its tensors and objects copied, since a block may write into its inputs."""
+    return tree_map(kept_leaf, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -83,6 +84,17 @@ def _positional(model: nn.Module) -> int | None:
 
 def _moved(value: Any, device: torch.device) -> Any:
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, value)
+
+
+def kept_leaf(leaf: Any) -> Any:
+    """A copy of an argument as it is now, unless it is a constant.
+
+    An object that is neither a tensor nor a constant may hold what earlier blocks have left there
+    (a cache of keys and values), and each call has to find it as the model's own call did.
+    """
+    if isinstance(leaf, Tensor):
+        return leaf.detach().clone()
+    return leaf if is_constant(leaf) else copy.deepcopy(leaf)
 
 
 def is_constant(leaf: Any) -> bool:

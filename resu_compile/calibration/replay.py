@@ -5,8 +5,9 @@
 
 A first run of one batch finds out whether the model is like that: every block is called once and in
 order, each with the same arguments but for those that are outputs of the block before, and the
-first block gives the same output when it is called again on its own. If not (a cache that blocks
-write to, arguments made anew for each block, sums between blocks), there is no replay.
+blocks one after the other on their own give the same output to the bit. If not (arguments made anew
+for each block, sums between blocks, keys and values that blocks share), there is no replay. A cache
+that blocks only leave things in is copied as the first block got it, and each block gets a copy.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from resu_compile.calibration.data import Batches, is_constant, run_batch
+from resu_compile.calibration.data import Batches, is_constant, kept_leaf, run_batch
 
+T = TypeVar("T")
 Look = Callable[[tuple[Any, ...], dict[str, Any]], None]
 Links = dict[int, int]  # leaf of a block's inputs -> leaf of the outputs of the block before
 
@@ -55,7 +58,7 @@ class Replay:
 
     def _store(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         leaves, spec = tree_flatten((args, kwargs))
-        self._inputs.append((_copied(leaves), spec))
+        self._inputs.append(([kept_leaf(leaf) for leaf in leaves], spec))
         raise _Stop
 
     @property
@@ -115,7 +118,7 @@ class _Trial:
         self._spec: TreeSpec | None = None
         self._outputs: list[Any] = []
         self._first: tuple[list[Any], TreeSpec] | None = None
-        self._first_outputs: list[Any] = []
+        self._last_outputs: list[Any] = []
         self._versions: dict[int, int] = {}
 
     def before(self, index: int) -> Look:
@@ -123,11 +126,11 @@ class _Trial:
 
         def look(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             leaves, spec = tree_flatten((args, kwargs))
-            if index != self._seen or not all(map(_is_plain, leaves)):
+            if index != self._seen or any(map(_is_untracked, leaves)):
                 self._fits = False
                 return
             if index == 0:
-                self._first = (_copied(leaves), spec)
+                self._first = _attempt(lambda: ([kept_leaf(leaf) for leaf in leaves], spec))
             elif spec != self._spec:
                 self._fits = False
             else:
@@ -146,8 +149,8 @@ class _Trial:
             self._seen += 1
             self._outputs = tree_leaves(output)
             self._note(self._outputs)
-            if index == 0:
-                self._first_outputs = _copied(self._outputs)
+            if index == len(self._modules) - 1:
+                self._last_outputs = [kept_leaf(leaf) for leaf in self._outputs]
 
         return look
 
@@ -157,13 +160,29 @@ class _Trial:
                 self._versions[id(leaf)] = leaf._version
 
     def chain(self) -> Chain | None:
-        """The chain, if all blocks ran once, in order, linked alike, and the first runs alone."""
+        """The chain, if all blocks ran once, in order, linked alike, and give the same alone."""
         if not self._fits or self._seen != len(self._modules) or not self.links or not self._first:
             return None
-        again = tree_leaves(_call(self._modules[0], *self._first))
+        leaves, spec = self._first
+        outputs: list[Any] = []
+        for module in self._modules:
+            found = _attempt(partial(_call, module, leaves, spec))
+            if found is None:
+                return None
+            outputs = tree_leaves(found)
+            for position, source in self.links.items():
+                leaves[position] = outputs[source]
         sources = set(self.links.values())
-        same = all(torch.equal(again[i], self._first_outputs[i]) for i in sources)
-        return Chain(self.links, self._first[1]) if same else None
+        same = all(torch.equal(outputs[i], self._last_outputs[i]) for i in sources)
+        return Chain(self.links, spec) if same else None
+
+
+def _attempt(run: Callable[[], T]) -> T | None:
+    """What ``run`` gives, or None if a block, or the copy of an argument, does not work alone."""
+    try:
+        return run()
+    except Exception:  # noqa: BLE001  # whatever it is, the whole model shows it if it is an error
+        return None
 
 
 def _links(
@@ -180,7 +199,8 @@ def _links(
     links: Links = {}
     for position, (old, leaf) in enumerate(zip(before, leaves, strict=True)):
         if not isinstance(leaf, Tensor):
-            if type(leaf) is not type(old) or leaf != old:
+            same = type(leaf) is type(old) and leaf == old if is_constant(leaf) else leaf is old
+            if not same:
                 return None
             continue
         if leaf._version != versions.get(id(leaf)):
@@ -193,19 +213,13 @@ def _links(
     return links
 
 
-def _is_plain(leaf: Any) -> bool:
-    """Tensors and constants: nothing that a block could leave a trace in."""
-    if isinstance(leaf, Tensor):
-        return not leaf.is_inference()  # these have no version that tells of writes
-    return is_constant(leaf)
-
-
-def _copied(leaves: list[Any]) -> list[Any]:
-    return [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+def _is_untracked(leaf: Any) -> bool:
+    """True for a tensor without a version that tells of writes."""
+    return isinstance(leaf, Tensor) and leaf.is_inference()
 
 
 def _call(module: nn.Module, leaves: list[Any], spec: TreeSpec) -> Any:
-    args, kwargs = tree_unflatten(_copied(leaves), spec)  # a block may write into its inputs
+    args, kwargs = tree_unflatten([kept_leaf(leaf) for leaf in leaves], spec)
     return module(*args, **kwargs)
 
 

@@ -141,10 +141,10 @@ def test_blocks_of_a_chain_run_alone():
     masks_of(model, "wanda", tokens(4), targets="blocks")
     # the trial and the capture at the first block
     assert counts["model"] == 1 + 4
-    # trial, capture (stopped there), trial again on its own, gather, output for the next
-    assert counts[0] == 1 + 4 + 1 + 4 + 4
-    assert counts[1] == 1 + 4 + 4
-    assert counts[2] == 1 + 4
+    # trial, trial on its own, capture (stopped there), gather, output for the next
+    assert counts[0] == 1 + 1 + 4 + 4 + 4
+    assert counts[1] == 1 + 1 + 4 + 4
+    assert counts[2] == 1 + 1 + 4
 
 
 def test_a_dense_block_between_is_run_as_well():
@@ -174,6 +174,58 @@ def test_batches_of_several_forms_run_whole():
     data = [(tokens(1)[0], mask), tokens(1)[0]]
     loop = Batches(data)
     masks = masks_of(first, "wanda", data, targets="blocks")
+    others = masks_of(second, "wanda", lambda model: loop(model), targets="blocks")
+    assert all(torch.equal(mask, others[name]) for name, mask in masks.items())
+
+
+class Cache:
+    """Something that blocks leave their states in, as generation with keys and values does."""
+
+    def __init__(self):
+        self.states = []
+
+    def __deepcopy__(self, memo):
+        made = type(self)()
+        made.states = [state.clone() for state in self.states]
+        return made
+
+
+class NoCopy(Cache):
+    def __deepcopy__(self, memo):
+        raise TypeError("no copies")
+
+
+class CachedBlock(Attention):
+    def forward(self, x, cache, shared=False):
+        cache.states.append(x)
+        return super().forward(cache.states[0] + x if shared else x)
+
+
+class Cached(GPT):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.blocks = nn.ModuleList(CachedBlock() for _ in range(3))
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        cache = NoCopy() if self.kind == "no copy" else Cache()
+        for block in self.blocks:
+            x = block(x, cache, shared=self.kind == "shared")
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "alone"), [("left alone", True), ("shared", False), ("no copy", False)]
+)
+def test_a_cache_that_blocks_write_to(kind, alone):
+    first, second = Cached(kind), Cached(kind)
+    second.load_state_dict(first.state_dict())
+    data = tokens()
+    loop = Batches(data)
+    counts = count_calls(first)
+    masks = masks_of(first, "wanda", data, targets="blocks")
+    assert counts["model"] == (1 + 3 if alone else 1 + 3 * 3)
     others = masks_of(second, "wanda", lambda model: loop(model), targets="blocks")
     assert all(torch.equal(mask, others[name]) for name, mask in masks.items())
 
@@ -266,6 +318,22 @@ def test_stored_inputs_are_those_of_one_block(monkeypatch):
     masks_of(model, "wanda", data)
     # a state (2, 5, 8) and a mask (5, 5) for each of three batches, before each later block
     assert sizes == [(6, 3 * (80 + 25))] * 3
+
+
+def test_an_error_in_a_later_block_undoes_what_was_trained():
+    model, runs = GPT(), []
+
+    def forward_loop(net):
+        runs.append(net)
+        if len(runs) == 4:
+            raise KeyboardInterrupt
+        net(tokens(1)[0])
+
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(KeyboardInterrupt):
+        masks_of(model, WandaPlus(lr=0.1), forward_loop)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    masks_of(model, "magnitude", None)  # and it has no controller
 
 
 # -- the state of the model ------------------------------------------------------------------------

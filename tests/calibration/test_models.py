@@ -92,8 +92,11 @@ def test_masks_of_the_published_rule_block_by_block(make, container, transposed,
             expected[f"{name}.weight"] = mask.t() if transposed else mask
         for name in names:
             reference.get_submodule(name).weight.data[~expected[f"{name}.weight"]] = 0.0
+    calls = []
+    model.register_forward_pre_hook(lambda _module, _args: calls.append(1))
     given = data if cache else [{**batch, "use_cache": False} for batch in data]
     resu.sparsify(model, 0.5, method="wanda", calibration=given, compile=False)
+    assert len(calls) == 1 + len(data)  # layers run alone, also with a cache of keys and values
     found = resu.controller(model).masks
     assert found.keys() == expected.keys()
     for name, mask in found.items():
