@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import resu_compile as resu
 from resu_compile.runtime.controller import find_controller
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -64,3 +65,30 @@ def test_cartpole_returns(cartpole):
     expected = torch.tensor([[1 + 0.99 + 0.99**2, 1.0], [1.99, 0.0], [1.0, 0.0]]) / 100
     torch.testing.assert_close(played.returns(), expected)
     assert played.mean_return == 2.0
+
+
+def test_digits(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    digits = load_example("digits", monkeypatch)
+    model = digits.main(["--steps", "80", "--eager"])
+    control = resu.controller(model)
+    assert control.phase is resu.Phase.SPARSE
+    for name, mask in control.masks.items():
+        assert int(mask.sum()) == int((1 - 0.9) * mask.numel())
+        assert torch.count_nonzero(model.get_parameter(name)[~mask]) == 0
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^ *(\d+) +([\d.]+)% +(\d*) +([\d.]+)%$", printed, re.MULTILINE)
+    assert [(int(step), float(pruned)) for step, pruned, _, _ in rows] == [
+        (18, 43.9),
+        (28, 70.6),
+        (39, 84.2),
+        (49, 89.3),
+        (60, 90.0),
+        (80, 90.0),
+    ]
+    assert all(int(came_back) > 0 for _, _, came_back, _ in rows[:-1])
+    assert float(rows[-1][-1]) > 50.0  # chance is 10
+    program = resu.load(tmp_path / "digits.pt2")
+    pixels = digits.load_images()[1].pixels[:1]
+    torch.testing.assert_close(program(pixels), model(pixels), rtol=1e-4, atol=1e-4)
