@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import resu_compile as resu
 from resu_compile.calibration import input_norms
 from resu_compile.calibration.observer import Observer
 from resu_compile.errors import ArgumentError
@@ -137,6 +138,7 @@ def test_an_expert_that_no_token_reaches_is_named():
         norm_of(model, batches(2, 3, 4))
 
 
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="not in this release")
 def test_tokens_that_are_grouped_by_expert():
     ends = torch.tensor([2, 5, 9], dtype=torch.int32)
     model = Product(lambda x, w: torch._grouped_mm(x, w.transpose(1, 2), offs=ends), 3, 16, 8)
@@ -337,6 +339,31 @@ def test_a_plain_matrix_is_one_sample():
     torch.testing.assert_close(
         norm_of(nn.Linear(4, 5), data, "weight")[0], column_norms(data, 3), **CLOSE
     )
+
+
+def test_a_cast_that_is_also_laid_out_anew():
+    def call(x, w):
+        return torch.einsum("btd,edh->ebth", x.double(), w.double())
+
+    data = batches(2, 7, 4)
+    found = norm_of(Product(call, 3, 4, 5), data)
+    expected = column_norms(data, 6)[None, :, None]
+    torch.testing.assert_close(found.expand(3, 4, 5), expected.expand(3, 4, 5), **CLOSE)
+
+
+def test_masked_weights_of_a_controller_in_any_phase():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5))
+    data = batches(2, 7, 4)
+    resu.sparsify(model, 0.5, compile=False)
+    controller = resu.controller(model)
+    expected = column_norms([model[0](x).detach() for x in data], 6)
+    found = input_norms(model, controller.weights, data)
+    torch.testing.assert_close(found["1.weight"][0], expected, **CLOSE)
+    controller.resurrect(init="normal", storage="compact", freeze="all").__enter__()
+    expected = column_norms([model[0](x).detach() for x in data], 6)
+    again = input_norms(model, controller.weights, data)
+    torch.testing.assert_close(again["1.weight"][0], expected, **CLOSE)
+    assert not torch.equal(again["1.weight"], found["1.weight"])
 
 
 # -- what cannot be told -------------------------------------------------------------------------
