@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from resu_compile.calibration.block import Block, PruneRequest, Run
@@ -63,14 +64,26 @@ def calibrated_masks(
         with calibrating(model):
             for spec, run in _runs(specs, model, loop):
                 block = Block(spec, request, run, journal)
-                found = method.prune(block)
-                for name, mask in found.items():
-                    journal.prune(block.weights[name], mask)
-                masks |= found
+                masks |= _pruned(method, block, journal)
     except BaseException:
         journal.restore()
         raise
     return {weight.name: masks[weight.name] for weight in weights}
+
+
+def _pruned(method: CalibratedMethod, block: Block, journal: Journal) -> dict[str, Tensor]:
+    """The checked masks of a block, whose weights are zeroed outside of them."""
+    found = method.prune(block)
+    for name, parameter in block.weights.items():
+        mask = found.get(name)
+        if mask is None or mask.dtype != torch.bool or mask.shape != parameter.shape:
+            got = "none" if mask is None else f"{mask.dtype} of shape {tuple(mask.shape)}"
+            raise ArgumentError(
+                f"method: expected a bool mask of shape {tuple(parameter.shape)} from "
+                f"{type(method).__name__} for {name}, got {got}"
+            )
+        journal.prune(parameter, mask)
+    return {name: found[name] for name in block.weights}
 
 
 def _runs(

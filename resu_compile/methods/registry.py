@@ -81,7 +81,7 @@ def get_method(method: str | AnyMethod) -> AnyMethod:
         return method
     raise ArgumentError(
         f"method: expected a name ({', '.join(method_names())}) or an object with a "
-        f"score(weight, generator) method, got {method!r}"
+        f"score(weight, generator) or prune(block) method, got {method!r}"
     )
 
 

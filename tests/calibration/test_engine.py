@@ -10,6 +10,7 @@ import resu_compile as resu
 from resu_compile.calibration import engine
 from resu_compile.calibration.data import Batches
 from resu_compile.calibration.replay import find_chain
+from resu_compile.errors import ArgumentError
 from resu_compile.methods import DSnoT, Wanda, WandaPlus
 from tests.methods.test_wanda import reference_rows, reference_squares
 
@@ -334,6 +335,37 @@ def test_an_error_in_a_later_block_undoes_what_was_trained():
         masks_of(model, WandaPlus(lr=0.1), forward_loop)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     masks_of(model, "magnitude", None)  # and it has no controller
+
+
+# -- methods of one's own --------------------------------------------------------------------------
+class LoudestInputs:
+    """Keeps the inputs of the highest mean square, the same in each row."""
+
+    blocks = None
+
+    def __init__(self, shape=lambda mask: mask):
+        self.shape = shape
+
+    def prune(self, block):
+        found = block.statistics()
+        scores = {n: found[n].square.expand(w.shape) for n, w in block.weights.items()}
+        masks = block.lowest_masks(scores, {n: s.layout for n, s in found.items()})
+        return {name: self.shape(mask) for name, mask in masks.items()}
+
+
+def test_a_method_of_ones_own():
+    model, x = nn.Linear(6, 4), torch.tensor([[3.0, 0.0, 2.0, 1.0, 5.0, 4.0]])
+    masks = masks_of(model, LoudestInputs(), [x], sparsity=0.5)
+    assert masks["weight"].int().tolist() == [[1, 0, 0, 0, 1, 1]] * 4
+
+
+@pytest.mark.parametrize("shape", [lambda mask: mask[:1], lambda mask: mask.float()])
+def test_masks_that_do_not_fit_are_named(shape):
+    model = nn.Linear(6, 4)
+    before = model.weight.detach().clone()
+    with pytest.raises(ArgumentError, match=r"^method: .* \(4, 6\) from LoudestInputs for weight"):
+        masks_of(model, LoudestInputs(shape), [torch.ones(1, 6)])
+    assert torch.equal(model.weight.detach(), before)
 
 
 # -- the state of the model ------------------------------------------------------------------------
