@@ -122,7 +122,9 @@ def _add_verify(commands: Commands) -> None:
     )
     verify.add_argument("--seeds", type=int, default=3, metavar="N", help="how many")
     verify.add_argument("--quick", action="store_true", help="few steps and one seed: counts only")
-    verify.add_argument("--preset", default="default", metavar="NAME", help="of RESU's plan")
+    verify.add_argument(
+        "--preset", default="default", metavar="NAME", help="of RESU's plan: %(default)s"
+    )
     verify.add_argument("--compile", action="store_true", help="compile the models")
     verify.add_argument("--output", type=Path, default=Path("verify_output"), metavar="DIR")
     verify.set_defaults(run=_verify)
