@@ -48,6 +48,9 @@ if TYPE_CHECKING:
     from resu_compile.calibration import Calibration
 
 
+Agree = Callable[["Controller", Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
 def find_controller(model: nn.Module) -> Controller | None:
     """The controller of ``model`` (or of the module that ``torch.compile`` wrapped), or None."""
     inner = getattr(model, "_orig_mod", model)
@@ -84,6 +87,10 @@ class Controller:
     """Masks, phase and resurrection of one model.
 
     Built by ``sparsify``; reached by ``controller(model)``.
+
+    Attributes:
+        agree: asked for the masks in place of each new choice, before it is applied; how several
+            processes come to the same ones (training/distributed.py).
     """
 
     def __init__(
@@ -104,6 +111,7 @@ class Controller:
         self.generator = generator or new_generator(config.seed)
         self.resurrection: Resurrection | None = None
         self.history = MaskHistory()
+        self.agree: Agree | None = None
         self.epoch = 0
         self.structure = 0
         self._phase = phase
@@ -297,6 +305,8 @@ class Controller:
         Newly pruned: weight and optimizer state 0. Newly active: the weight as it is, state 0.
         Survivors: untouched. After the DENSE phase, which trains every place, all kept survive.
         """
+        if self.agree is not None:
+            masks = self.agree(self, masks)
         rows = {}
         counts = {name: weight.nnz for name, weight in self._weights.items()}
         for name, weight in self._weights.items():

@@ -18,7 +18,8 @@ class BatchStream:
 
     A position is found again by making the epoch anew, from the random states of its beginning,
     and passing over the batches that were used. A loader that keeps its own position
-    (``state_dict`` and ``load_state_dict``) is asked for it instead.
+    (``state_dict`` and ``load_state_dict``) is asked for it instead. A loader or sampler with
+    ``set_epoch`` is told of each epoch.
 
     Args:
         source: a ``DataLoader`` or anything that can be iterated again and again, or a function
@@ -81,6 +82,11 @@ class BatchStream:
 
     def _iterate(self) -> Iterator[Any]:
         source = self._source
+        places = (source, getattr(source, "sampler", None), getattr(source, "batch_sampler", None))
+        for place in places:
+            set_epoch = getattr(place, "set_epoch", None)
+            if set_epoch is not None:  # a DistributedSampler shuffles by it
+                set_epoch(self.epoch)
         return iter(source if isinstance(source, Iterable) else source(self.epoch))
 
     def _generators(self) -> list[torch.Generator]:

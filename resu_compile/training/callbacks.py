@@ -10,6 +10,7 @@ from torch import Tensor
 from resu_compile.errors import ArgumentError
 from resu_compile.runtime.commit_report import CommitReport
 from resu_compile.training.densify import Pause
+from resu_compile.training.distributed import is_first
 
 if TYPE_CHECKING:
     from resu_compile.training.trainer import Trainer, TrainingResult
@@ -53,7 +54,7 @@ class Callback:
 
 
 class ProgressBar(Callback):
-    """A progress bar with stage, loss and sparsity.
+    """A progress bar with stage, loss and sparsity, on rank 0.
 
     Args:
         every: steps between two readings of the loss, each of which waits for the device.
@@ -65,6 +66,8 @@ class ProgressBar(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         """Draw the bar."""
+        if not is_first():
+            return
         try:
             from tqdm import tqdm
         except ImportError:
@@ -81,6 +84,8 @@ class ProgressBar(Callback):
 
     def on_step(self, trainer: Trainer, loss: Tensor) -> None:
         """Move the bar by one step."""
+        if self._bar is None:
+            return
         self._bar.update()
         if self._bar.n % self.every == 0:
             span = trainer.cycle.span

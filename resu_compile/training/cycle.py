@@ -28,6 +28,7 @@ from resu_compile.runtime.controller import Controller, ResurrectionPhase, find_
 from resu_compile.training.config import TrainingConfig
 from resu_compile.training.data_needs import check_calibration, commit_measures
 from resu_compile.training.densify import Pause
+from resu_compile.training.distributed import masks_of_first, plain_model, sync_masks
 from resu_compile.training.plan import (
     Plan,
     Span,
@@ -105,7 +106,8 @@ class Cycle:
 
     Args:
         model: any module. One without a controller gets it here, with nothing pruned yet; one that
-            ``sparsify`` has taken up before keeps its targets.
+            ``sparsify`` has taken up before keeps its targets. Of a ``DistributedDataParallel``,
+            the model inside is meant.
         config: the plan. Fields about the loop itself (``accumulate``, ``clip_norm``, ...) have no
             part in it; they belong to ``Trainer``.
         on_event: called with each ``CycleEvent``, after it happened.
@@ -115,7 +117,7 @@ class Cycle:
             ``forward_loop(model)``.
 
     Attributes:
-        model: the model.
+        model: the plain model.
         config: as given.
         plan: the spans.
         sparsities: what each cycle ends with.
@@ -141,7 +143,7 @@ class Cycle:
                 f"config: expected a TrainingConfig, got {type(config).__name__}"
             )
         check_calibration(config, calibration)
-        self.model = model
+        self.model = plain_model(model)
         self.config = config
         self.plan: Plan = build_plan(config)
         self.sparsities = cycle_sparsities(config)
@@ -155,8 +157,10 @@ class Cycle:
         self._position = 0
         self._started = False
         self._pruned: dict[str, Any] | None = None
-        if find_controller(model) is None:
+        self._found = find_controller(self.model) is not None
+        if not self._found:
             self._attach()
+        self._required().agree = masks_of_first
 
     def _attach(self) -> None:
         config = self.config
@@ -212,6 +216,8 @@ class Cycle:
         """
         if not self._started:
             self._started = True
+            if self._found:  # by masks that each rank has chosen for itself
+                sync_masks(self._required())
             self._enter(self.plan[0])
         return self
 
@@ -253,6 +259,7 @@ class Cycle:
             return self.model
         if controller.phase is Phase.RESU:
             self._leave(self.span)
+        controller.agree = None
         if self.config.densify is not None and controller.sparsity == self.config.sparsity == 0.0:
             controller.release()
         return self.model

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from resu_compile.errors import ArgumentError, ArgumentTypeError
+from resu_compile.training.distributed import gather, world_size
 
 
 class LossWatch:
@@ -14,7 +15,8 @@ class LossWatch:
     Args:
         delayed: keep the step on the device until ``check()``, because reading the loss of every
             step would make the host wait for every step; False raises at once. None delays unless
-            the loss is on the CPU.
+            the loss is on the CPU and of a single process: a rank that raised alone would leave
+            the others waiting for its gradients.
     """
 
     def __init__(self, delayed: bool | None = None) -> None:
@@ -38,10 +40,12 @@ class LossWatch:
                 f"{tuple(loss.shape)}; take the mean"
             )
         finite = torch.isfinite(loss.detach()).reshape(())
-        delayed = loss.device.type != "cpu" if self._delayed is None else self._delayed
+        delayed = self._delayed
+        if delayed is None:
+            delayed = loss.device.type != "cpu" or world_size() > 1
         if not delayed:
             if not bool(finite):
-                _raise(step)
+                _raise(step, [])
             return
         if self._bad is None:
             self._bad = torch.zeros((), dtype=torch.int64, device=loss.device)
@@ -49,17 +53,21 @@ class LossWatch:
         self._bad = torch.where(self._bad == 0, now, self._bad)
 
     def check(self) -> None:
-        """Raise the error if any loss was bad.
+        """Raise the error if any loss was bad, on whatever rank.
 
         Raises:
-            ArgumentError: it names the first such step.
+            ArgumentError: it names the first such step, and the ranks.
         """
-        if self._bad is not None and (step := int(self._bad)):
-            _raise(step)
+        steps = gather(0 if self._bad is None else int(self._bad))
+        first = min(filter(None, steps), default=0)
+        if first:
+            ranks = [rank for rank, step in enumerate(steps) if step == first]
+            _raise(first, ranks if len(steps) > 1 else [])
 
 
-def _raise(step: int) -> None:
+def _raise(step: int, ranks: list[int]) -> None:
+    where = f" on rank {', '.join(map(str, ranks))}" if ranks else ""
     raise ArgumentError(
-        f"loss_fn: expected a finite loss, got NaN or infinity at optimizer step {step}; lower the "
-        "learning rate, set clip_norm, or look at that step's batch"
+        f"loss_fn: expected a finite loss, got NaN or infinity at optimizer step {step}{where}; "
+        "lower the learning rate, set clip_norm, or look at that step's batch"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from resu_compile.training.batches import BatchStream
 from resu_compile.training.config import TrainingConfig
+from resu_compile.training.distributed import check_gradients, data_parallel_of
 from resu_compile.training.losses import LossWatch
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -20,7 +22,8 @@ class Stepper:
     """Makes optimizer steps.
 
     Args:
-        model: on its device.
+        model: on its device; a ``DistributedDataParallel`` averages gradients over the ranks once
+            a step, after the last batch.
         optimizer: of the model's parameters.
         loss_fn: ``(model, batch) -> scalar tensor``.
         config: ``accumulate``, ``autocast`` and ``clip_norm`` are used.
@@ -40,6 +43,8 @@ class Stepper:
         scheduler: LRScheduler | None,
     ) -> None:
         self._model = model
+        self._parallel = data_parallel_of(model)
+        self._checked = False
         self._optimizer = optimizer
         self._loss_fn = loss_fn
         self._config = config
@@ -63,15 +68,19 @@ class Stepper:
         """
         config, scaler = self._config, self.scaler
         total: Tensor | None = None
-        for _ in range(config.accumulate):
+        for index in range(config.accumulate):
             batch = batches.next()
-            with self.autocast():
-                loss = self._loss_fn(self._model, batch)
-            self.watch.see(loss, number)
-            share = loss / config.accumulate if config.accumulate > 1 else loss
-            scaler.scale(share).backward()
+            with self._gradients_stay(index < config.accumulate - 1):
+                with self.autocast():
+                    loss = self._loss_fn(self._model, batch)
+                self.watch.see(loss, number)
+                share = loss / config.accumulate if config.accumulate > 1 else loss
+                scaler.scale(share).backward()
             found = share.detach().reshape(())
             total = found if total is None else total + found
+        if not self._checked:
+            check_gradients(self._model.parameters(), number)
+            self._checked = True
         if config.clip_norm is not None:
             scaler.unscale_(self._optimizer)
             nn.utils.clip_grad_norm_(self._model.parameters(), config.clip_norm)
@@ -82,6 +91,13 @@ class Stepper:
         self._optimizer.zero_grad(set_to_none=True)
         assert total is not None
         return total
+
+    def _gradients_stay(self, here: bool) -> AbstractContextManager[None]:
+        """The context in which gradients are not averaged yet, if ``here``."""
+        found: AbstractContextManager[None] = nullcontext()
+        if here and self._parallel is not None:
+            found = self._parallel.no_sync()
+        return found
 
     def autocast(self) -> torch.autocast:
         """The context of mixed precision; does nothing without ``config.autocast``."""

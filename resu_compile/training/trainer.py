@@ -20,6 +20,15 @@ from resu_compile.training.batches import Batches, BatchStream
 from resu_compile.training.callbacks import Callback, ProgressBar
 from resu_compile.training.config import TrainingConfig
 from resu_compile.training.cycle import Cycle, CycleEvent, CycleStats
+from resu_compile.training.distributed import (
+    from_first,
+    gather,
+    is_first,
+    mean,
+    on_first,
+    rank,
+    world_size,
+)
 from resu_compile.training.patience import Patience
 from resu_compile.training.plan import Span, Stage
 from resu_compile.training.random_state import random_state, restore_random_state
@@ -53,19 +62,22 @@ class Trainer:
     """Trains ``model`` by the plan of ``config``.
 
     Args:
-        model: any module, on its device. It is sparsified here unless it has been.
+        model: any module, on its device. It is sparsified here unless it has been. Of several
+            ranks each gives its ``DistributedDataParallel``.
         optimizer: of the model's parameters.
-        loss_fn: ``(model, batch) -> scalar tensor``; it moves the batch to the device, if need be.
+        loss_fn: ``(model, batch) -> scalar tensor``, with the model as it was given; it moves the
+            batch to the device, if need be.
         config: the run.
         callbacks: told of everything, in this order.
         evaluate: ``(model) -> {metric: number}``, called in eval mode, without gradients and
-            without compilation.
+            without compilation, with the plain model, on all ranks; the numbers of rank 0 count.
         scheduler: stepped after each optimizer step.
         on_pause: ``(model, cycle)``, called at the pauses of a densification.
         calibration: inputs that some pruning methods measure, as in ``Cycle``.
         progress: show a progress bar.
 
     Attributes:
+        model: the plain model.
         cycle: where the run is; its ``controller`` and ``history``.
         stats: the records so far.
 
@@ -100,7 +112,6 @@ class Trainer:
             )
         if config.early_stop is not None and evaluate is None:
             raise ArgumentError("evaluate: expected a function, because early_stop needs one")
-        self.model = model
         self.optimizer = optimizer
         self.loss_fn = loss_fn
         self.config = config
@@ -110,7 +121,8 @@ class Trainer:
         self.cycle = Cycle(
             model, config, on_event=self._on_event, on_pause=on_pause, calibration=calibration
         )
-        self._writer = StatsWriter(config.stats)
+        self.model = self.cycle.model
+        self._writer = StatsWriter(config.stats if is_first() else None)
         self._patience = Patience(config.early_stop) if config.early_stop else None
         self._stopped = False
         self._batches: BatchStream | None = None
@@ -142,7 +154,8 @@ class Trainer:
         if resume:
             self._load_newest()
         elif self.config.checkpoint is not None and self.cycle.step_index == 0:
-            self._check_unused(self.config.checkpoint.folder)
+            folder = self.config.checkpoint.folder
+            on_first(lambda: self._check_unused(folder))
         self._batches = BatchStream(batches)
         if self._batches_state is not None:
             self._batches.load_state_dict(self._batches_state)
@@ -200,7 +213,7 @@ class Trainer:
             cycle=span.cycle,
             stage=str(span.stage),
             phase="dense" if controller is None else str(controller.phase),
-            loss=loss.item(),
+            loss=mean(loss).item(),
             lr=float(self.optimizer.param_groups[0]["lr"]),
             sparsity=0.0 if controller is None else controller.sparsity,
         )
@@ -219,7 +232,7 @@ class Trainer:
             raise ArgumentTypeError(
                 f"evaluate: expected a mapping from metric to number, got {found!r}"
             )
-        metrics = {name: float(value) for name, value in found.items()}
+        metrics = from_first({name: float(value) for name, value in found.items()})
         self._writer.write(
             "evaluation", step, cycle=span.cycle, stage=str(span.stage), metrics=metrics
         )
@@ -290,7 +303,8 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """All that a bit-exact continuation needs beside the states of model and optimizer.
 
-        Plain data and tensors. Take it between two steps.
+        Plain data and tensors. Take it between two steps. Of several ranks, each has random states
+        and a position in the data of its own; ``save`` gathers them.
         """
         controller = self.cycle.controller
         batches = self._batches.state_dict() if self._batches is not None else None
@@ -309,6 +323,7 @@ class Trainer:
             "early_stop": None if patience is None else [patience.best, patience.waited],
             "stopped": self._stopped,
             "stats_lines": len(self.stats),
+            "world_size": world_size(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -327,6 +342,13 @@ class Trainer:
                 f"state: expected version {STATE_VERSION}, got {state['version']!r}; load it with "
                 "the release that wrote it"
             )
+        saved = state.get("world_size", 1)
+        if saved != world_size():
+            raise ArgumentError(
+                f"state: expected {saved} rank(s), as in the saved run, because each has random "
+                f"states and a position in the data of its own, got {world_size()}; resume with as "
+                "many, or begin a new run from the weights, load_checkpoint(folder)['model']"
+            )
         if (state["scheduler"] is None) != (self.scheduler is None):
             expected = "none" if state["scheduler"] is None else "one"
             raise ArgumentError(f"scheduler: expected {expected}, as in the saved run")
@@ -344,12 +366,15 @@ class Trainer:
         if self._patience is not None and state["early_stop"] is not None:
             self._patience.best, self._patience.waited = state["early_stop"]
         self._stopped = state["stopped"]
-        self._batches_state = state["batches"]
-        self._random = state["rng"]
+        own = state["ranks"][rank()] if "ranks" in state else state
+        self._batches_state = own["batches"]
+        self._random = own["rng"]
         self._writer.resume(state["stats_lines"])
 
     def save(self) -> Path:
         """Write a checkpoint of everything to ``config.checkpoint.folder``.
+
+        Of several ranks, all call it: rank 0 writes, and the others wait until it is there.
 
         Returns:
             Where it is.
@@ -361,12 +386,16 @@ class Trainer:
 
         self._stepper.watch.check()
         where = self._checkpoint()
+        trainer = self.state_dict()
+        if world_size() > 1:
+            trainer["ranks"] = gather({key: trainer[key] for key in ("batches", "rng")})
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "trainer": self.state_dict(),
+            "trainer": trainer,
         }
-        return save_checkpoint(where.folder, state, step=self.cycle.step_index, keep=where.keep)
+        step = self.cycle.step_index
+        return on_first(lambda: save_checkpoint(where.folder, state, step=step, keep=where.keep))
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take over a whole checkpoint: the states of model, trainer and optimizer.
@@ -382,8 +411,16 @@ class Trainer:
         from resu_compile.training.checkpoint import latest_checkpoint, load_checkpoint
 
         folder = self._checkpoint().folder
-        if latest_checkpoint(folder) is not None:
-            self.load(load_checkpoint(folder))
+        state = None if latest_checkpoint(folder) is None else load_checkpoint(folder)
+        steps = gather(None if state is None else state["trainer"]["step"])
+        if any(step != steps[0] for step in steps):
+            raise ArgumentError(
+                f"checkpoint: expected the same newest checkpoint in {folder} on all ranks, got "
+                f"those of steps {', '.join(map(str, steps))}; the folder has to be on a disk that "
+                "all ranks see"
+            )
+        if state is not None:
+            self.load(state)
 
     @staticmethod
     def _check_unused(folder: str) -> None:

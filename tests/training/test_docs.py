@@ -19,7 +19,11 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
-@pytest.mark.parametrize("index", range(len(blocks("python"))))
+# those for several processes run in test_distributed.py
+EXAMPLES = [code for code in blocks("python") if "init_process_group" not in code]
+
+
+@pytest.mark.parametrize("index", range(len(EXAMPLES)))
 def test_examples_run(index):
     model = make_model()
     optimizer = adamw(model)
@@ -31,7 +35,7 @@ def test_examples_run(index):
         "evaluate": lambda _: {"loss": 0.0},
         "loader": make_batches(),
     }
-    code = blocks("python")[index].replace("steps=5000", "steps=100, compile=False")
+    code = EXAMPLES[index].replace("steps=5000", "steps=100, compile=False")
     exec(code, names)
     if "Densification" in code:
         assert names["config"].densify.pauses[0].after_cycle == 1
