@@ -55,7 +55,8 @@ QUICK_STEPS = {"digits": 60, "bytes": 30}
 QUICK_CYCLES = 2
 DATA_NOTE = (
     "No plan was tuned for these runs: it is preset {preset!r}, and the learning rates are the\n"
-    "demo's. Those were settled earlier on runs of these tasks, held-out data included."
+    "demo's. Those, and the size of the small GPT, were settled earlier on runs of these tasks,\n"
+    "held-out data included."
 )
 
 
