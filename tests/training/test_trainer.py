@@ -384,9 +384,20 @@ def test_an_evaluation_that_is_no_mapping_is_refused():
         make_trainer(evaluate=lambda _: 0.5).fit(make_batches())
 
 
+class Wrapped(nn.Module):
+    """Code of its own: what torch.nn brings is not always compiled at the top of a call."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = make_model()
+
+    def forward(self, x):
+        return self.inner(x)
+
+
 def test_evaluations_do_not_compile():
     compiled = []
-    model = make_model()
+    model = Wrapped()
     trainer = make_trainer(
         model,
         evaluate=lambda model: {"loss": model(make_batches()[0][0]).sum()},
