@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from resu_compile.errors import ArgumentError, ArgumentTypeError
-from resu_compile.training import TrainingConfig, read_stats
+from resu_compile.training import TrainingConfig, plots, read_stats
 from resu_compile.training.checkpoint import list_checkpoints
 from resu_compile.training.runner import cycle_table, load_run_file, run
 from resu_compile.training.tasks import TrainingTask, import_function, make_training_task
@@ -236,8 +236,9 @@ def test_a_run_of_the_users_own(module):
     assert {p.name for p in outcome.pictures} >= {"learning_curve.png"}
 
 
-def test_resume_ends_where_an_unbroken_run_ends(module):
+def test_resume_ends_where_an_unbroken_run_ends(module, monkeypatch):
     """A second call finds the first one's checkpoint; a fresh start over it is refused."""
+    monkeypatch.setattr(plots, "plot_stats", lambda *_: [])  # takes longer than the runs
     training = {**TINY, "checkpoint": {"every": 8, "keep": 5}}
     path = write(module, task="own_task:make", training=training)
     whole = run(load_run_file(path, output=module / "whole"))
