@@ -279,6 +279,26 @@ def test_what_is_no_chain_runs_whole_and_gives_the_same(kind):
     assert all(torch.equal(mask, two[name]) for name, mask in one.items())
 
 
+def test_a_write_that_changes_nothing_in_the_first_batch():
+    class Sometimes(GPT):
+        def forward(self, tokens):
+            x = self.embed(tokens)
+            for block in self.blocks:
+                x = block(x)
+                x += (tokens > 5).unsqueeze(-1)
+            return self.head(x)
+
+    first, second = Sometimes(), Sometimes()
+    second.load_state_dict(first.state_dict())
+    data = [torch.zeros(2, 5, dtype=torch.long), torch.full((2, 5), 10)]
+    loop = Batches(data)
+    counts = count_calls(first)
+    masks = masks_of(first, "wanda", data, targets="blocks")
+    assert counts["model"] == 1 + 3 * 2
+    others = masks_of(second, "wanda", lambda model: loop(model), targets="blocks")
+    assert all(torch.equal(mask, others[name]) for name, mask in masks.items())
+
+
 # -- memory --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["batches", "loop"])
 def test_activations_of_one_block_at_a_time(kind, monkeypatch):
