@@ -136,7 +136,8 @@ def check_gradients(parameters: Iterable[nn.Parameter], step: int) -> None:
     """
     if world_size() == 1:
         return
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    found = (parameter.grad for parameter in parameters)
+    grads = [grad for grad in found if grad is not None and grad.layout is torch.strided]
     norms = gather(float(nn.utils.get_total_norm(grads)))
     if not all(map(math.isfinite, norms)):
         return  # an overflow in float16, or a loss that has its own error

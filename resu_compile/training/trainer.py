@@ -32,6 +32,7 @@ from resu_compile.training.distributed import (
 from resu_compile.training.patience import Patience
 from resu_compile.training.plan import Span, Stage
 from resu_compile.training.random_state import random_state, restore_random_state
+from resu_compile.training.resume import check_unused, check_world, newest_state
 from resu_compile.training.stats import Record, StatsWriter, layer_sparsities, mask_picture
 from resu_compile.training.stepper import LossFn, Stepper
 
@@ -152,10 +153,11 @@ class Trainer:
                 resume would take for its own.
         """
         if resume:
-            self._load_newest()
+            state = newest_state(self._checkpoint().folder)
+            if state is not None:
+                self.load(state)
         elif self.config.checkpoint is not None and self.cycle.step_index == 0:
-            folder = self.config.checkpoint.folder
-            on_first(lambda: self._check_unused(folder))
+            check_unused(self.config.checkpoint.folder)
         self._batches = BatchStream(batches)
         if self._batches_state is not None:
             self._batches.load_state_dict(self._batches_state)
@@ -342,13 +344,7 @@ class Trainer:
                 f"state: expected version {STATE_VERSION}, got {state['version']!r}; load it with "
                 "the release that wrote it"
             )
-        saved = state.get("world_size", 1)
-        if saved != world_size():
-            raise ArgumentError(
-                f"state: expected {saved} rank(s), as in the saved run, because each has random "
-                f"states and a position in the data of its own, got {world_size()}; resume with as "
-                "many, or begin a new run from the weights, load_checkpoint(folder)['model']"
-            )
+        check_world(state.get("world_size", 1))
         if (state["scheduler"] is None) != (self.scheduler is None):
             expected = "none" if state["scheduler"] is None else "one"
             raise ArgumentError(f"scheduler: expected {expected}, as in the saved run")
@@ -406,32 +402,6 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.load_state_dict(state["trainer"])
         self.optimizer.load_state_dict(state["optimizer"])
-
-    def _load_newest(self) -> None:
-        from resu_compile.training.checkpoint import latest_checkpoint, load_checkpoint
-
-        folder = self._checkpoint().folder
-        state = None if latest_checkpoint(folder) is None else load_checkpoint(folder)
-        steps = gather(None if state is None else state["trainer"]["step"])
-        if any(step != steps[0] for step in steps):
-            raise ArgumentError(
-                f"checkpoint: expected the same newest checkpoint in {folder} on all ranks, got "
-                f"those of steps {', '.join(map(str, steps))}; the folder has to be on a disk that "
-                "all ranks see"
-            )
-        if state is not None:
-            self.load(state)
-
-    @staticmethod
-    def _check_unused(folder: str) -> None:
-        from resu_compile.training.checkpoint import latest_checkpoint
-
-        found = latest_checkpoint(folder)
-        if found is not None:
-            raise ArgumentError(
-                f"checkpoint: expected a folder without checkpoints for a fresh run, got {folder} "
-                f"with {found.name}; pass resume=True to go on from it, or another folder"
-            )
 
     def _checkpoint(self) -> Any:
         if self.config.checkpoint is None:

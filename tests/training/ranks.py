@@ -6,6 +6,7 @@ import gc
 import os
 import re
 import shutil
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -37,7 +38,8 @@ def main(rank: int, port: int, folder: str) -> None:
     """Every run, one after another; what they gave goes to ``folder/<rank>.pt``."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    wait = timedelta(seconds=60)  # a rank that hangs fails
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=wait)
     root = Path(folder)
     found = {
         "wrapped": averaged(rank, give_wrapper=True),
@@ -191,11 +193,20 @@ def sparsified_before(rank: int) -> dict[str, object]:
     resu.sparsify(model, 0.5, method="random", seed=rank, compile=False)
     before = resu.controller(model).masks
     ddp = DistributedDataParallel(model)
-    Trainer(ddp, adamw(model), loss_fn, config(steps=20)).fit(own_batches(rank))
+    begins_sparse = config(steps=20, warmup=0.0, initial_sparsity=0.5)
+    trainer = Trainer(ddp, adamw(model), loss_fn, begins_sparse)
+    trainer.cycle.start()
+    begun = resu.controller(model).masks
+    trainer.fit(own_batches(rank))
     other = make_model()
     resu.sparsify(other, 0.5, method="random", seed=rank, compile=False)
     sync_masks(resu.controller(other))
-    return {**weights_and_masks(model), "before": before, "synced": weights_and_masks(other)}
+    return {
+        **weights_and_masks(model),
+        "before": before,
+        "begun": begun,
+        "synced": weights_and_masks(other),
+    }
 
 
 def own_loop(rank: int) -> dict[str, object]:

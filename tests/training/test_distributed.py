@@ -121,6 +121,8 @@ def test_ranks_agree_though_their_calibration_data_differ(found, name):
 def test_masks_from_before_are_those_of_rank_0(found):
     before = [run["found"]["before"] for run in found]
     assert not torch.equal(before[0]["0.weight"], before[1]["0.weight"])
+    for run in found:
+        assert_equal(run["found"]["begun"], before[0])
     assert_agree(found, "found")
     assert_agree(found, "found", "synced")
     assert_equal(found[1]["found"]["synced"]["masks"], before[0])
