@@ -91,6 +91,8 @@ def main(arguments: list[str] | None = None) -> nn.Module:
     config = TrainingConfig(
         steps=options.steps,
         sparsity=options.sparsity,
+        warmup=0.1,
+        cycles=5,
         seed=options.seed,
         compile=not options.eager,
     )

@@ -149,9 +149,9 @@ class TrainingConfig:
     """
 
     steps: int = 5000
-    warmup: float = 0.1
+    warmup: float = 0.3
     recovery: float = 0.25
-    cycles: int = 5
+    cycles: int = 10
     cycle: CycleShares = field(default_factory=CycleShares)
     sparsity: float = 0.7
     initial_sparsity: float = 0.0

@@ -324,7 +324,7 @@ def example(root: Path) -> dict[str, object]:
         'dist.init_process_group("nccl")\n': "",
         "torch.cuda.set_device(device)\n": "",
         '"cuda", int(os.environ["LOCAL_RANK"])': '"cpu"',
-        "steps=5000": "steps=40, compile=False",
+        "steps=5000": "steps=40, cycles=5, compile=False",
         "runs/first": str(root / "example"),
         "dist.destroy_process_group()\n": "",
     }.items():
