@@ -54,9 +54,9 @@ SMALL_GPT = {"width": 64, "layers": 2, "heads": 2, "context": 64}
 QUICK_STEPS = {"digits": 60, "bytes": 30}
 QUICK_CYCLES = 2
 DATA_NOTE = (
-    "The plan is preset {preset!r}. That of 'default' was chosen on other data of these tasks and with\n"
-    "other seeds (docs/training.md). The learning rates are the demo's; they and the size of the small\n"
-    "GPT were settled earlier on runs of these tasks, held-out data included."
+    "The plan is preset {preset!r}. That of 'default' was chosen on other data of these tasks,\n"
+    "with other seeds (docs/training.md). The learning rates are the demo's; they and the size of\n"
+    "the small GPT were settled earlier on runs of these tasks, held-out data included."
 )
 
 

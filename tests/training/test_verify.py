@@ -154,7 +154,7 @@ def test_outcome_says_how_it_ends(tmp_path):
     good, bad = VerifyOutcome(config, (row(),), 3.0), VerifyOutcome(config, (row([0.1] * 3),), 3.0)
     assert good.passed
     assert good.text().endswith("All checks passed.")
-    assert "No plan was tuned" in good.text()
+    assert "The plan is preset 'default'." in good.text()
     assert not bad.passed
     assert bad.text().splitlines()[-1].startswith("FAILED: digits at 90%: expected RESU")
     data = json.loads(bad.write(tmp_path / "new").read_text())
