@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from resu_compile.errors import ArgumentError, check_choice
 from resu_compile.kernels.fused_update import Step
 from resu_compile.runtime.masked_optimizer import MaskedOptimizer
+from resu_compile.runtime.rules import EMAS
 
 
 class AdamW(MaskedOptimizer, torch.optim.AdamW):
@@ -60,14 +61,14 @@ class AdamW(MaskedOptimizer, torch.optim.AdamW):
 
     def _active_step(self, group: dict[str, Any], parameter: nn.Parameter) -> Step:
         state = self.state[parameter]
-        if not state:
+        if "step" not in state:
             fused = bool(group["fused"])
             state["step"] = torch.zeros(
                 (), dtype=torch.float32, device=parameter.device if fused else "cpu"
             )
-            if not self.packs_state:
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        for name in EMAS:
+            if name not in state:
+                state[name] = torch.zeros_like(parameter)
         count = self._count_step(state)
         beta1, beta2 = (float(beta) for beta in group["betas"])
         return Step(

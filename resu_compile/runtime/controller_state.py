@@ -69,6 +69,7 @@ def load_state(controller: Controller, state: Mapping[str, Any]) -> None:
     controller.generator.set_state(state["generator"].cpu())
     counts = {name: weight.nnz for name, weight in weights.items()}
     for name, weight in weights.items():
+        optimizer_hooks.let_go(weight, loaded=False)
         weight.set_mask(masks[name])
         optimizer_hooks.forget_survivors(weight)
     if any(weights[name].nnz != count for name, count in counts.items()):

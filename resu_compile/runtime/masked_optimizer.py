@@ -1,24 +1,30 @@
 """What the optimizers of ``resu_compile.optim`` share: a step that knows masks.
 
 They are torch's own optimizers but for one thing: of a masked weight whose phase asks for it,
-active places and theta move in one pass over memory (kernels/fused_update.py). All other parameters
-take torch's path, fused or foreach as the user chose.
+active places and theta move in one pass over memory (kernels/fused_update.py), before torch's step,
+from which runtime/optimizer_hooks.py then hides their gradients. All other parameters take torch's
+path, fused or foreach as the user chose.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from resu_compile.kernels.bit_rank import gather_by_rank, scatter_by_rank_
+from resu_compile.errors import ArgumentError
 from resu_compile.kernels.fused_update import STAY, Step, packed_adam
 from resu_compile.phase import Phase
 from resu_compile.runtime.optimizer_state import is_packed
 from resu_compile.runtime.resurrection import factor_of, skipped_by_scaler
-from resu_compile.state import MaskedWeight, masked_weight_of
+from resu_compile.runtime.rules import EMAS
+from resu_compile.state import MaskedWeight
+
+Entry = tuple[dict[str, Any], nn.Parameter, MaskedWeight]
 
 
 class MaskedOptimizer(torch.optim.Optimizer):
@@ -29,6 +35,9 @@ class MaskedOptimizer(torch.optim.Optimizer):
     """
 
     packs_state = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "packs_state": self.packs_state}
 
     # -- what differs between optimizers -------------------------------------------------------
     @abstractmethod
@@ -56,45 +65,42 @@ class MaskedOptimizer(torch.optim.Optimizer):
             return False
         return controller.resurrection.has_own_rule or controller.resurrection.config.freeze_active
 
-    def _init_group(self, group: dict[str, Any], *lists: Any) -> Any:
-        """Torch's own collecting of what it steps, without the weights that are stepped here."""
-        own = []
-        for parameter in group["params"]:
-            weight = masked_weight_of(parameter)
-            if weight is None:
-                continue
-            if self.takes_over(group, parameter, weight):
-                own.append((parameter, weight, parameter.grad))
-            elif self.packs_state:
-                self.unpack_state(parameter, weight.bits)
-        for parameter, _, _ in own:
-            parameter.grad = None
-        try:
-            result = super()._init_group(group, *lists)  # type: ignore[misc]
-        finally:
-            for parameter, _, grad in own:
-                parameter.grad = grad
-        if own and not skipped_by_scaler(self):
-            factor = factor_of(self, group)
-            for parameter, weight, _ in own:
-                self._step_masked(group, parameter, weight, factor)
-        return result
+    def step_masked(self, entries: Iterable[Entry]) -> None:
+        """Step the masked weights of ``entries``, of which ``takes_over`` is true.
 
-    def _step_masked(
+        Args:
+            entries: parameter group, parameter and masked weight; group by group.
+        """
+        if skipped_by_scaler(self):
+            return
+        for _, same_group in groupby(entries, key=lambda entry: id(entry[0])):
+            factor = None
+            for group, parameter, weight in same_group:
+                factor = factor_of(self, group) if factor is None else factor
+                self._step_one(group, parameter, weight, factor)
+
+    def _step_one(
         self, group: dict[str, Any], parameter: nn.Parameter, weight: MaskedWeight, factor: float
     ) -> None:
         resurrection = weight.controller.resurrection
         if resurrection is not None:
-            self.unpack_state(parameter, weight.bits)
-            stays = resurrection.config.freeze_active and resurrection.has_own_rule
-            step = STAY if stays else self._active_step(group, parameter)
+            self.unpack_state(parameter, weight)
+            moves = not resurrection.config.freeze_active or (
+                weight.nnz < weight.numel and not resurrection.has_own_rule
+            )
+            step = self._active_step(group, parameter) if moves else STAY
             resurrection.move(self, group, weight, parameter, step, factor)
             return
-        step = self._active_step(group, parameter)
-        self.pack_state(parameter, weight.bits, weight.nnz)
-        state = self.state[parameter]
-        grad = parameter.grad
+        state, grad = self.state[parameter], parameter.grad
         assert grad is not None
+        self.pack_state(parameter, weight)
+        for name in EMAS:
+            if name not in state:
+                state[name] = torch.zeros(
+                    weight.nnz, dtype=parameter.dtype, device=parameter.device
+                )
+            _check_packed(name, state[name], weight)
+        step = self._active_step(group, parameter)
         packed_adam(
             parameter.detach(),
             grad,
@@ -107,38 +113,52 @@ class MaskedOptimizer(torch.optim.Optimizer):
         )
 
     # -- packed state ----------------------------------------------------------------------------
-    def pack_state(self, parameter: nn.Parameter, bits: Tensor, nnz: int) -> None:
+    def pack_state(self, parameter: nn.Parameter, weight: MaskedWeight) -> None:
         """Keep the moments of the active places only; the others are dropped."""
-        state = self.state.get(parameter)
-        if not state:
-            return
-        for name in ("exp_avg", "exp_avg_sq"):
-            value = state.get(name)
-            if value is None:
-                state[name] = torch.zeros(nnz, dtype=parameter.dtype, device=parameter.device)
-            elif value.shape == parameter.shape and value.dim() != 1:
-                state[name] = gather_by_rank(value, bits, True, nnz)
-
-    def unpack_state(self, parameter: nn.Parameter, bits: Tensor) -> None:
-        """Give the moments the parameter's shape again, 0 at the pruned places."""
         state = self.state.get(parameter, {})
-        for name in ("exp_avg", "exp_avg_sq"):
+        for name in EMAS:
+            value = state.get(name)
+            if value is not None and value.shape == parameter.shape != (weight.nnz,):
+                state[name] = weight.gather(value, True)
+
+    def unpack_state(self, parameter: nn.Parameter, weight: MaskedWeight) -> None:
+        """Give the moments the parameter's shape again, 0 at the pruned places.
+
+        Raises:
+            ArgumentError: they are those of another mask.
+        """
+        state = self.state.get(parameter, {})
+        for name in EMAS:
             value = state.get(name)
             if isinstance(value, Tensor) and is_packed(value, parameter):
+                _check_packed(name, value, weight)
                 full = torch.zeros_like(parameter, dtype=value.dtype)
-                scatter_by_rank_(full, value, bits, True)
+                with torch.no_grad():
+                    weight.scatter_(full, value, True)
                 state[name] = full
 
     # -- the step count ----------------------------------------------------------------------------
     def _count_step(self, state: dict[str, Any]) -> int:
         """Add 1 to ``state["step"]`` and return it; waits for the device once a phase at most."""
         counter: Tensor = state["step"]
-        known: dict[int, tuple[int, int]] = self.__dict__.setdefault("_step_cache", {})
-        found = known.get(id(counter))
-        if counter.device.type == "cpu" or found is None or found[0] != counter._version:
+        if counter.device.type == "cpu":
+            counter += 1
+            return int(counter.item())
+        known: dict[int, tuple[Tensor, int, int]] = self.__dict__.setdefault("_step_cache", {})
+        found = known.get(id(counter))  # held there, so that no other tensor takes its id
+        if found is None or found[1] != counter._version:
             count = int(counter.item()) + 1
         else:
-            count = found[1] + 1
+            count = found[2] + 1
         counter += 1
-        known[id(counter)] = (counter._version, count)
+        known[id(counter)] = (counter, counter._version, count)
         return count
+
+
+def _check_packed(name: str, value: Tensor, weight: MaskedWeight) -> None:
+    if value.shape != (weight.nnz,):
+        raise ArgumentError(
+            f"{name} of {weight.name}: expected shape ({weight.nnz},), one number an active place, "
+            f"got {tuple(value.shape)}; packed moments load only beside the masks that they were "
+            "saved with, controller(model).load_state_dict(...) brings them back"
+        )

@@ -27,8 +27,9 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from resu_compile.optim import SGD, AdamW
 from resu_compile.phase import Phase, Routing
-from resu_compile.runtime.masked_optimizer import MaskedOptimizer
+from resu_compile.runtime.masked_optimizer import Entry, MaskedOptimizer
 from resu_compile.runtime.optimizer_state import zero_state
 from resu_compile.state import MaskedWeight, masked_weight_of, registry_epoch
 
@@ -48,6 +49,8 @@ ELEMENTWISE: frozenset[type[Optimizer]] = frozenset(
         optim.Adadelta,
         optim.NAdam,
         optim.RAdam,
+        AdamW,
+        SGD,
     }
 )
 
@@ -59,12 +62,12 @@ LOOK_EVERY = 32  # steps
 class _View:
     """The masked weights of one optimizer, and the masks that its state fits."""
 
-    signature: tuple[int, ...]
-    entries: list[tuple[dict[str, Any], nn.Parameter, MaskedWeight]]
+    signature: tuple[object, ...]
+    entries: list[Entry]
     state: Mapping[Any, Any]  # load_state_dict() puts another one in its place
     synced: MutableMapping[MaskedWeight, int] = field(default_factory=WeakKeyDictionary)
     steps: int = 0
-    frozen: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
+    hidden: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)  # gradients
 
     def is_synced(self, weight: MaskedWeight) -> bool:
         """True if the state is 0 wherever the present mask of ``weight`` is."""
@@ -121,12 +124,12 @@ def state_follows(weight: MaskedWeight, survivors: Tensor) -> Iterator[None]:
     parameter, optimizers = weight.parameter, optimizers_of(weight)
     for optimizer in optimizers:
         if isinstance(optimizer, MaskedOptimizer):
-            optimizer.unpack_state(parameter, weight.bits)
+            optimizer.unpack_state(parameter, weight)
     yield
     for optimizer in optimizers:
         zero_state(optimizer, parameter, survivors, keep=True)
         if isinstance(optimizer, MaskedOptimizer) and optimizer.packs_state:
-            optimizer.pack_state(parameter, weight.bits, weight.nnz)
+            optimizer.pack_state(parameter, weight)
         mark_synced(optimizer, weight)
     running = weight.controller.resurrection
     earlier = _survivors.pop(weight, None)
@@ -151,22 +154,30 @@ def _zero_on_first_sight(
     view.synced[weight] = weight.mask_version
 
 
-def let_go(weight: MaskedWeight) -> None:
-    """Give the state of ``weight`` the shape that a plain optimizer expects."""
+def let_go(weight: MaskedWeight, *, loaded: bool = True) -> None:
+    """Give the state of ``weight`` the shape that a plain optimizer expects.
+
+    Args:
+        weight: whose mask goes away.
+        loaded: also state that was loaded since the last step, for a mask that may be to come.
+    """
     for optimizer in optimizers_of(weight):
-        if isinstance(optimizer, MaskedOptimizer):
-            optimizer.unpack_state(weight.parameter, weight.bits)
+        is_known = _views[optimizer].state is optimizer.state
+        if isinstance(optimizer, MaskedOptimizer) and (loaded or is_known):
+            optimizer.unpack_state(weight.parameter, weight)
 
 
 def _view_of(optimizer: Optimizer) -> _View:
     groups = optimizer.param_groups
-    signature = (registry_epoch(), *(len(group["params"]) for group in groups))
+    signature = (registry_epoch(), *((id(group), len(group["params"])) for group in groups))
     view = _views.get(optimizer)
     if view is None:
         view = _views[optimizer] = _View((), [], optimizer.state)
     if view.state is not optimizer.state:
         view.state = optimizer.state
-        view.synced.clear()
+        for known in list(view.synced):
+            if known.controller.phase is not Phase.RESU:  # theta's means are kept as loaded
+                del view.synced[known]
     if view.signature != signature:
         view.signature = signature
         view.entries = [
@@ -205,7 +216,9 @@ def _prepare(optimizer: Optimizer, view: _View) -> None:
     if view.steps % LOOK_EVERY == 0:
         _look_for_hidden_writes(view)
     view.steps += 1
+    view.hidden.clear()  # of a step() that raised
     _freeze_others(optimizer, view)
+    own: list[Entry] = []
     for group, parameter, weight in view.entries:
         controller = weight.controller
         weight.follow(parameter)
@@ -219,9 +232,18 @@ def _prepare(optimizer: Optimizer, view: _View) -> None:
             if weight not in view.synced and not controller.resurrection.resumed:
                 _zero_on_first_sight(optimizer, view, parameter, weight)  # from before sparsify
             controller.resurrection.observe(optimizer, weight, parameter)
-            if _steps_it_itself(optimizer, group, parameter, weight):
+            if controller.resurrection.is_nested(weight):
+                _steps_it_itself(optimizer, group, parameter, weight, nested=True)
                 continue
+        if _steps_it_itself(optimizer, group, parameter, weight):
+            own.append((group, parameter, weight))
+        elif controller.resurrection is not None:
             controller.resurrection.before_step(optimizer, group, weight, parameter)
+    if own:
+        assert isinstance(optimizer, MaskedOptimizer)
+        optimizer.step_masked(own)
+        for _, parameter, _ in own:
+            _hide_gradient(view, parameter)
 
 
 def _freeze_others(optimizer: Optimizer, view: _View) -> None:
@@ -237,14 +259,30 @@ def _freeze_others(optimizer: Optimizer, view: _View) -> None:
                 and parameter.grad is not None
                 and masked_weight_of(parameter) is None
             ):
-                view.frozen.append((parameter, parameter.grad))
-                parameter.grad = None
+                _hide_gradient(view, parameter)
+
+
+def _hide_gradient(view: _View, parameter: nn.Parameter) -> None:
+    if parameter.grad is not None:
+        view.hidden.append((parameter, parameter.grad))
+        parameter.grad = None
 
 
 def _steps_it_itself(
-    optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter, weight: MaskedWeight
+    optimizer: Optimizer,
+    group: dict[str, Any],
+    parameter: nn.Parameter,
+    weight: MaskedWeight,
+    *,
+    nested: bool = False,
 ) -> bool:
-    return isinstance(optimizer, MaskedOptimizer) and optimizer.takes_over(group, parameter, weight)
+    """Whether ``optimizer`` knows what the phase asks of ``weight``; else its state is torch's."""
+    if not isinstance(optimizer, MaskedOptimizer) or parameter.grad is None:
+        return False
+    if not nested and optimizer.takes_over(group, parameter, weight):
+        return True
+    optimizer.unpack_state(parameter, weight)
+    return False
 
 
 def _look_for_hidden_writes(view: _View) -> None:
@@ -271,16 +309,15 @@ def _look_for_hidden_writes(view: _View) -> None:
 
 def _after_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
     view = _views.get(optimizer)
-    if view is not None and (view.entries or view.frozen):
+    if view is not None and (view.entries or view.hidden):
         _finish(optimizer, view, final=True)
 
 
 def _finish(optimizer: Optimizer, view: _View, *, final: bool) -> None:
-    known = type(optimizer) in ELEMENTWISE or isinstance(optimizer, MaskedOptimizer)
-    while view.frozen:
-        parameter, grad = view.frozen.pop()
+    while view.hidden:
+        parameter, grad = view.hidden.pop()
         parameter.grad = grad
-    elementwise = known and not _has_other_hooks(optimizer)
+    elementwise = type(optimizer) in ELEMENTWISE and not _has_other_hooks(optimizer)
     for _, parameter, weight in view.entries:
         weight.step_count += 1
         controller = weight.controller
@@ -288,7 +325,8 @@ def _finish(optimizer: Optimizer, view: _View, *, final: bool) -> None:
             assert controller.resurrection is not None
             controller.resurrection.after_step(weight)
         elif controller.phase is Phase.SPARSE and final:
-            if elementwise:
+            # in float16 Adam's denominator is 0 where the mean square is: 0 / 0 is NaN
+            if elementwise and parameter.dtype != torch.float16:
                 weight.trust_value(parameter)
             else:
                 weight.distrust_value()  # not every optimizer's writes reach the version counter

@@ -88,6 +88,14 @@ class Resurrection:
             return
         self.gradients.observe(weight.name, parameter.grad)
 
+    def is_nested(self, weight: MaskedWeight) -> bool:
+        """Note that a step() calls another one, for which theta has moved already; False if not."""
+        hidden = self._hidden.get(weight.name)
+        if hidden is None or hidden.backward_count != weight.backward_count:
+            return False
+        hidden.depth += 1
+        return True
+
     def before_step(
         self,
         optimizer: torch.optim.Optimizer,
@@ -97,10 +105,6 @@ class Resurrection:
     ) -> None:
         """Move theta by its rule and hide from the optimizer what it must not move."""
         config = self.config
-        hidden = self._hidden.get(weight.name)
-        if hidden is not None and hidden.backward_count == weight.backward_count:
-            hidden.depth += 1  # a step() that calls another one: theta has moved already
-            return
         self._recover(weight)
         if parameter.grad is None:
             return

@@ -83,20 +83,22 @@ class Theta:
             group: the parameter group, whose ``lr`` theta follows unless it has its own.
             weight: the masked weight.
             parameter: its parameter, with a gradient.
-            active: step of the active places; not taken if they are frozen. Theta takes the same
-                if it has no rule of its own.
+            active: step of the active places, not taken if they are frozen; theta's own if it
+                has no rule, of a phase that freezes them.
             grad_factor: multiplies the gradient.
         """
         assert parameter.grad is not None
         config, grad = self.config, parameter.grad.detach()
         self._follow(parameter.device)
         has_theta = weight.nnz < weight.numel
-        own_rule = config.rule != "optimizer"
-        theta = active if has_theta and not own_rule else STAY
-        if config.freeze_active:
-            active = STAY
         with torch.no_grad():
-            if not (has_theta and own_rule):
+            if config.rule == "optimizer":  # its step at the other side of the mask
+                means = _means_of(optimizer.state, parameter, active)
+                fused_update(parameter, grad, *means, ~weight.bits, active, STAY, None, grad_factor)
+                return
+            active = STAY if config.freeze_active else active
+            theta = STAY
+            if not has_theta:
                 self._step_sides(optimizer, weight, parameter, active, theta, grad_factor)
                 return
             self.step += 1
@@ -231,8 +233,6 @@ class Theta:
         self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, step: Step
     ) -> Means:
         """First and second mean of theta, of the weight's shape; None where it has none."""
-        if self.config.rule == "optimizer":
-            return _means_of(optimizer.state, parameter, step)
         found = [self._mean(optimizer, parameter, name) for name in _mean_names(step)]
         return _pair(found)
 
