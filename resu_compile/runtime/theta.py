@@ -197,6 +197,8 @@ class Theta:
         """Any rule in compact storage; the weight then shows theta."""
         theta = self.vector
         assert theta is not None
+        shown = weight.gather(parameter.detach(), False)  # the user may have written others
+        theta.copy_(torch.where(shown == theta.to(shown.dtype), theta, shown))
         vectors = {
             name: self.buffers.setdefault(name, torch.zeros_like(theta))
             for name in state_names(self.config)

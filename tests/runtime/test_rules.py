@@ -277,3 +277,21 @@ def test_freeze_all_reaches_a_second_optimizer():
     first.step()
     second.step()
     assert torch.equal(model.bias, bias)
+
+
+@pytest.mark.parametrize("storage", ["inplace", "compact"])
+def test_theta_that_the_user_writes_is_theta(storage):
+    model = resu.sparsify(nn.Linear(6, 5), 0.5, compile=False)
+    optimizer = optim.SGD(model.parameters(), lr=0.05)
+    controller = resu.controller(model)
+    controller.resurrect(rule="sgd", lr=0.01, storage=storage).__enter__()
+    hole = ~controller.masks["weight"]
+    for seed in range(2):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        with torch.no_grad():
+            model.weight[hole] = 0.5
+        expected = 0.5 - 0.01 * model.weight.grad[hole]
+        optimizer.step()
+        torch.testing.assert_close(model.weight.detach()[hole], expected)
