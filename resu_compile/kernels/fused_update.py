@@ -369,7 +369,7 @@ def packed_adam(
         step: of kind ``"adam"``.
         grad_factor: multiplies the gradient.
     """
-    if runs_fused(weight, grad):
+    if runs_fused(weight, grad, first, second):
         _packed_adam_kernel[(cdiv(weight.numel(), RANK_BLOCK),)](
             weight,
             grad,

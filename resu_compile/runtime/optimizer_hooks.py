@@ -220,25 +220,23 @@ def _prepare(optimizer: Optimizer, view: _View) -> None:
     _freeze_others(optimizer, view)
     own: list[Entry] = []
     for group, parameter, weight in view.entries:
-        controller = weight.controller
+        controller, running = weight.controller, weight.controller.resurrection
         weight.follow(parameter)
         if controller.phase is Phase.SPARSE:
             if not view.is_synced(weight):
                 _zero_on_first_sight(optimizer, view, parameter, weight)
             weight.enforce_zeros(parameter)
             weight.clean_gradient(parameter, Routing.ACTIVE)
-        elif controller.phase is Phase.RESU:
-            assert controller.resurrection is not None
-            if weight not in view.synced and not controller.resurrection.resumed:
+        nested = False
+        if running is not None:
+            if weight not in view.synced and not running.resumed:
                 _zero_on_first_sight(optimizer, view, parameter, weight)  # from before sparsify
-            controller.resurrection.observe(optimizer, weight, parameter)
-            if controller.resurrection.is_nested(weight):
-                _steps_it_itself(optimizer, group, parameter, weight, nested=True)
-                continue
-        if _steps_it_itself(optimizer, group, parameter, weight):
+            running.observe(optimizer, weight, parameter)
+            nested = running.is_nested(optimizer, weight)
+        if _steps_it_itself(optimizer, group, parameter, weight, nested=nested):
             own.append((group, parameter, weight))
-        elif controller.resurrection is not None:
-            controller.resurrection.before_step(optimizer, group, weight, parameter)
+        elif running is not None and not nested:
+            running.before_step(optimizer, group, weight, parameter)
     if own:
         assert isinstance(optimizer, MaskedOptimizer)
         optimizer.step_masked(own)

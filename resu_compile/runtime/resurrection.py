@@ -88,12 +88,12 @@ class Resurrection:
             return
         self.gradients.observe(weight.name, parameter.grad)
 
-    def is_nested(self, weight: MaskedWeight) -> bool:
-        """Note that a step() calls another one, for which theta has moved already; False if not."""
+    def is_nested(self, optimizer: torch.optim.Optimizer, weight: MaskedWeight) -> bool:
+        """Whether ``optimizer`` steps within the step() of another, so that theta has moved."""
         hidden = self._hidden.get(weight.name)
         if hidden is None or hidden.backward_count != weight.backward_count:
             return False
-        hidden.depth += 1
+        hidden.enter(optimizer)
         return True
 
     def before_step(

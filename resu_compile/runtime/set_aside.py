@@ -30,7 +30,7 @@ class SetAside:
         self._stand_in = parameter.grad
         self._aside: list[tuple[str | None, Tensor]] = []
         self._active: Tensor | None = None
-        self._active_state: dict[str, Tensor] = {}
+        self._active_state: list[tuple[torch.optim.Optimizer, dict[str, Tensor]]] = []
 
     def hide_gradient(self) -> None:
         """Without a gradient every optimizer leaves the weight alone, weight decay included."""
@@ -55,8 +55,19 @@ class SetAside:
     def keep_active(self) -> None:
         """Copy the weight and its state, to put the active part back after the step."""
         self._active = self._parameter.detach().clone()
-        state = same_shaped_state(self._optimizer, self._parameter)
-        self._active_state = {key: value.detach().clone() for key, value in state}
+        self._keep_state(self._optimizer)
+
+    def enter(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note that the step() calls that of ``optimizer``, for which the same is hidden."""
+        self.depth += 1
+        known = any(optimizer is one for one, _ in self._active_state)  # one that raised, again
+        if self._active is not None and not known:
+            self._keep_state(optimizer)
+
+    def _keep_state(self, optimizer: torch.optim.Optimizer) -> None:
+        state = same_shaped_state(optimizer, self._parameter)
+        kept = {key: value.detach().clone() for key, value in state}
+        self._active_state.append((optimizer, kept))
 
     def restore_gradient(self) -> None:
         """Give the parameter back the gradient that the optimizer did not see."""
@@ -73,11 +84,13 @@ class SetAside:
                 place = theta_slot(self._optimizer, parameter, name) if name else parameter
                 if place is not None:
                     self._weight.scatter_(place, values, False)
-            if self._active is not None:
-                mask = self._weight.mask
-                parameter.copy_(torch.where(mask, self._active, parameter))
-                for key, value in same_shaped_state(self._optimizer, parameter):
-                    if key in self._active_state:
-                        value.copy_(torch.where(mask, self._active_state[key], value))
+            if self._active is None:
+                return
+            mask = self._weight.mask
+            parameter.copy_(torch.where(mask, self._active, parameter))
+            for optimizer, kept in self._active_state:
+                for key, value in same_shaped_state(optimizer, parameter):
+                    if key in kept:
+                        value.copy_(torch.where(mask, kept[key], value))
                     else:  # made in this step: untouched means zero
                         zero_where_(value, bits.to(value.device), False)

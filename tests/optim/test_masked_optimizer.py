@@ -221,6 +221,19 @@ def test_a_step_inside_a_step_moves_theta_once(kind, rule, freeze):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [optim.AdamW, resu.optim.AdamW])
+@pytest.mark.parametrize("rule", ["optimizer", "adam"])
+def test_a_step_inside_a_step_leaves_frozen_moments_alone(kind, rule):
+    model = make(0.6)
+    optimizer = kind(model.parameters(), lr=0.05)
+    train(model, optimizer, 2)
+    active = resu.controller(model).masks["0.weight"]
+    before = optimizer.state[model[0].weight]["exp_avg"][active].clone()
+    resu.controller(model).resurrect(rule=rule, freeze="active").__enter__()
+    train(model, Wrapper(optimizer), 2, start=2)
+    assert torch.equal(optimizer.state[model[0].weight]["exp_avg"][active], before)
+
+
 @pytest.mark.parametrize("state", ["full", "active"])
 @pytest.mark.parametrize("rule", [None, "adam"])
 def test_a_compiled_step_takes_the_masks_along(state, rule):
