@@ -178,8 +178,10 @@ class Controller:
     @property
     def freezes_all(self) -> bool:
         """Whether only theta may move now."""
-        running = self.resurrection
-        return running is not None and running.config.freeze == "all" and self._model() is not None
+        running, model = self.resurrection, self._model()
+        if running is None or running.config.freeze != "all" or model is None:
+            return False
+        return find_controller(model) is self
 
     def refresh(self) -> None:
         """Catch up with what happened to the parameters outside of optimizer steps.

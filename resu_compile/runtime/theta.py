@@ -64,7 +64,8 @@ class Theta:
                 theta = noise.to(device=parameter.device, dtype=parameter.dtype)
                 parameter.copy_(torch.where(mask, parameter, theta))
         if config.storage == "compact":
-            self.vector = weight.gather(parameter.detach(), False).to(_wide(parameter))
+            with torch.inference_mode(False):  # steps write it outside
+                self.vector = weight.gather(parameter.detach(), False).to(_wide(parameter))
 
     # -- one step ------------------------------------------------------------------------------
     def move(

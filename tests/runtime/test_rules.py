@@ -295,3 +295,24 @@ def test_theta_that_the_user_writes_is_theta(storage):
         expected = 0.5 - 0.01 * model.weight.grad[hole]
         optimizer.step()
         torch.testing.assert_close(model.weight.detach()[hole], expected)
+
+
+def test_a_compact_phase_can_begin_in_inference_mode():
+    model = resu.sparsify(nn.Linear(6, 5), 0.5, compile=False)
+    optimizer = optim.SGD(model.parameters(), lr=0.05)
+    with torch.inference_mode():
+        resu.controller(model).resurrect(rule="sgd", storage="compact").__enter__()
+    model(torch.ones(4, 6)).square().sum().backward()
+    optimizer.step()
+    assert (model.weight[~resu.controller(model).masks["weight"]] != 0).all()
+
+
+def test_a_model_that_lost_its_hooks_freezes_nobody():
+    model = resu.sparsify(nn.Linear(6, 5), 0.5, compile=False)
+    resu.controller(model).resurrect(freeze="all").__enter__()
+    model._forward_pre_hooks.clear()
+    other = nn.Linear(3, 2)
+    before = other.bias.detach().clone()
+    other(torch.ones(4, 3)).sum().backward()
+    optim.SGD(other.parameters(), lr=0.1).step()
+    assert not torch.equal(other.bias, before)
