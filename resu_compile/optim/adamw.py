@@ -27,7 +27,7 @@ class AdamW(MaskedOptimizer, torch.optim.AdamW):
             ``"active"`` keeps those of masked weights for the active places only while the phase
             is sparse (4 (1 - s) of 4 bytes each, in vectors), packs them again at every change of
             the mask and unpacks them for the other phases. Its ``state_dict()`` then holds the
-            vectors; it loads only beside the same masks.
+            vectors; it loads, under either ``state``, only beside the same masks.
         **options: ``maximize``, ``foreach``, ``capturable``, ``differentiable``, ``fused``.
 
     Source: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101
@@ -69,7 +69,7 @@ class AdamW(MaskedOptimizer, torch.optim.AdamW):
         for name in EMAS:
             if name not in state:
                 state[name] = torch.zeros_like(parameter)
-        count = self._count_step(state)
+        count = self._count_step(parameter)
         beta1, beta2 = (float(beta) for beta in group["betas"])
         return Step(
             "adam",

@@ -138,21 +138,19 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 state[name] = full
 
     # -- the step count ----------------------------------------------------------------------------
-    def _count_step(self, state: dict[str, Any]) -> int:
-        """Add 1 to ``state["step"]`` and return it; waits for the device once a phase at most."""
-        counter: Tensor = state["step"]
+    def _count_step(self, parameter: nn.Parameter) -> int:
+        """Add 1 to the step count and return it; waits for the device at a new count only."""
+        counter: Tensor = self.state[parameter]["step"]
         if counter.device.type == "cpu":
             counter += 1
             return int(counter.item())
-        known: dict[int, tuple[Tensor, int, int]] = self.__dict__.setdefault("_step_cache", {})
-        found = known.get(id(counter))  # held there, so that no other tensor takes its id
-        if found is None or found[1] != counter._version:
-            count = int(counter.item()) + 1
-        else:
-            count = found[2] + 1
+        known: dict[Tensor, tuple[Tensor, int, int]] = self.__dict__.setdefault("_counts", {})
+        held, version, count = known.get(parameter, (None, 0, 0))
+        if held is not counter or version != counter._version:  # loaded, or written by torch
+            count = int(counter.item())
         counter += 1
-        known[id(counter)] = (counter, counter._version, count)
-        return count
+        known[parameter] = (counter, counter._version, count + 1)
+        return count + 1
 
 
 def _check_packed(name: str, value: Tensor, weight: MaskedWeight) -> None:

@@ -168,6 +168,25 @@ def test_theta_follows_the_learning_rate_after_a_load(kind):
     assert torch.equal(weights(model), before)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("state", ["full", "active"])
+def test_the_step_count_is_that_of_a_loaded_state(state, fused, device):
+    model = make(0.6, device)
+    optimizer = resu.optim.AdamW(model.parameters(), lr=0.05, state=state, fused=fused)
+    controller = resu.controller(model)
+    if state == "full":
+        controller.resurrect(rule="adam").__enter__()
+    train(model, optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for _ in range(2):  # to the same count from another start, and again
+        train(model, optimizer, 3)
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        train(model, optimizer, 1)
+        assert float(optimizer.state[model[0].weight]["step"]) == 3.0
+        step = optimizer._active_step(optimizer.param_groups[0], model[0].weight)
+        assert step.correction1 == pytest.approx(1 - 0.9**4)
+
+
 @pytest.mark.parametrize("rule", [None, "adam"])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_of_model_and_optimizer_goes_on_packed(rule, how):
