@@ -1,8 +1,8 @@
 """Compile the kernels of the optimizers' step for an H100 or H200; needs no GPU.
 
-The interpreter runs what the compiler may refuse. It takes the place of ``triton.jit`` in the process
-of the tests, so this runs in another: ``python -m tests.kernels.compile_kernels`` prints a line a
-kernel, and whether its PTX moves 16 bytes at a time.
+The interpreter runs what the compiler may refuse. It takes the place of ``triton.jit`` in the
+process of the tests, so this runs in another: ``python -m tests.kernels.compile_kernels`` prints a
+line a kernel, and whether its PTX moves 16 bytes at a time.
 """
 
 from __future__ import annotations
