@@ -89,7 +89,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
                 weight.nnz < weight.numel and not resurrection.has_own_rule
             )
             step = self._active_step(group, parameter) if moves else STAY
-            resurrection.move(self, group, weight, parameter, step, factor)
+            theta = resurrection.theta_of(weight)
+            theta.move(self, group, weight, parameter, step, factor)
             return
         state, grad = self.state[parameter], parameter.grad
         assert grad is not None

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from resu_compile.config import ResurrectionConfig
-from resu_compile.kernels.fused_update import STAY, Step
 from resu_compile.phase import Routing
 from resu_compile.runtime.commit_report import CommitReport
 from resu_compile.runtime.gradient_score import LastGradients
@@ -63,21 +62,13 @@ class Resurrection:
         self, weight: MaskedWeight, parameter: nn.Parameter, generator: torch.Generator
     ) -> None:
         """Write the first theta into the pruned places of ``parameter``."""
-        self.thetas[weight.name] = Theta(self.config)
-        self.thetas[weight.name].begin(weight, parameter, generator)
+        self.theta_of(weight).begin(weight, parameter, generator)
 
-    def move(
-        self,
-        optimizer: torch.optim.Optimizer,
-        group: Mapping[str, Any],
-        weight: MaskedWeight,
-        parameter: nn.Parameter,
-        active: Step = STAY,
-        grad_factor: float = 1.0,
-    ) -> None:
-        """One step of a weight's theta and of its active places; see ``Theta.move``."""
-        theta = self.thetas.setdefault(weight.name, Theta(self.config))
-        theta.move(optimizer, group, weight, parameter, active, grad_factor)
+    def theta_of(self, weight: MaskedWeight) -> Theta:
+        """Theta of ``weight``."""
+        if weight.name not in self.thetas:
+            self.thetas[weight.name] = Theta(self.config)
+        return self.thetas[weight.name]
 
     # -- around optimizer.step() ---------------------------------------------------------------
     def observe(
@@ -112,7 +103,8 @@ class Resurrection:
         own_rule = self.has_own_rule
         has_theta = weight.nnz < weight.numel
         if own_rule and has_theta and not skipped_by_scaler(optimizer):
-            self.move(optimizer, group, weight, parameter, grad_factor=factor_of(optimizer, group))
+            factor = factor_of(optimizer, group)
+            self.theta_of(weight).move(optimizer, group, weight, parameter, grad_factor=factor)
         if not config.freeze_active and not (own_rule and has_theta):
             return  # all of it is the optimizer's
         hidden = self._hidden[weight.name] = SetAside(optimizer, weight, parameter)

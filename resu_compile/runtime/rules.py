@@ -27,11 +27,13 @@ https://arxiv.org/abs/1711.05101
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from resu_compile.config import ResurrectionConfig
+from resu_compile.kernels.fused_update import Step, step_reference
 from resu_compile.kernels.selective_step import selective_step_reference
 from resu_compile.sparsity import topk_mask
 
@@ -53,33 +55,23 @@ def state_names(config: ResurrectionConfig) -> tuple[str, ...]:
     return ()
 
 
-def sgd_rule(
-    theta: Tensor,
-    grad: Tensor,
-    state: Mapping[str, Tensor],  # noqa: ARG001
-    step: int,  # noqa: ARG001
-    lr: float,
-    config: ResurrectionConfig,
-) -> None:
-    """One step of plain gradient descent."""
-    _decay(theta, lr, config)
-    theta.add_(grad, alpha=-lr)
+def elementwise_step(config: ResurrectionConfig, count: int, lr: float) -> Step:
+    """One step of a rule that moves each entry on its own, as the fused kernel takes it.
+
+    Args:
+        config: of any rule but ``"selective"`` and ``"optimizer"``.
+        count: steps taken, this one included.
+        lr: learning rate.
+    """
+    if state_names(config) == EMAS:
+        beta1, beta2 = config.betas
+        corrections = (1.0 - beta1**count, 1.0 - beta2**count)
+        return Step("adam", lr, config.weight_decay, beta1, beta2, config.adam_eps, *corrections)
+    momentum = config.momentum if config.rule == "momentum" else 0.0
+    return Step("sgd", lr, config.weight_decay, momentum)
 
 
-def momentum_rule(
-    theta: Tensor,
-    grad: Tensor,
-    state: Mapping[str, Tensor],
-    step: int,  # noqa: ARG001
-    lr: float,
-    config: ResurrectionConfig,
-) -> None:
-    """One step of gradient descent with momentum."""
-    _decay(theta, lr, config)
-    theta.add_(state["momentum_buffer"].mul_(config.momentum).add_(grad), alpha=-lr)
-
-
-def adam_rule(
+def elementwise_rule(
     theta: Tensor,
     grad: Tensor,
     state: Mapping[str, Tensor],
@@ -87,9 +79,27 @@ def adam_rule(
     lr: float,
     config: ResurrectionConfig,
 ) -> None:
-    """One Adam step with decoupled weight decay; ``step`` counts from 1."""
-    _decay(theta, lr, config)
-    theta.sub_(_adam_direction(grad, state, step, config), alpha=lr)
+    """One step of every entry, or of the subset ``state["chosen"]`` (bool); ``step`` is from 1."""
+    chosen = state.get("chosen")
+    before = None if chosen is None else theta.clone()
+    first, second, *_ = (*(state[name] for name in state_names(config)), None, None)
+    step_reference(theta, grad, first, second, elementwise_step(config, step, lr), coupled=False)
+    if chosen is not None and before is not None:
+        theta.copy_(torch.where(chosen, theta, before))
+
+
+def selective_options(config: ResurrectionConfig, n_pruned: int, lr: float) -> dict[str, Any]:
+    """The settings of the selective step, for reference and op alike."""
+    return {
+        "lr": lr,
+        "beta": config.betas[0],
+        "delta": config.delta,
+        "tau": config.tau,
+        "k_screen": int(config.screen * n_pruned),
+        "k_select": int(config.select * n_pruned),
+        "adaptive": config.step == "adam",
+        "weight_decay": config.weight_decay,
+    }
 
 
 def selective_rule(
@@ -101,45 +111,16 @@ def selective_rule(
     config: ResurrectionConfig,
 ) -> None:
     """One step of the entries whose gradient is large and keeps its sign."""
-    count = theta.numel()
-    selective_step_reference(
-        theta,
-        grad,
-        state["exp_avg"],
-        state["exp_avg_sq"],
-        lr=lr,
-        beta=config.betas[0],
-        delta=config.delta,
-        tau=config.tau,
-        k_screen=int(config.screen * count),
-        k_select=int(config.select * count),
-        adaptive=config.step == "adam",
-        weight_decay=config.weight_decay,
-    )
-
-
-def subset_rule(
-    theta: Tensor,
-    grad: Tensor,
-    state: Mapping[str, Tensor],
-    step: int,
-    lr: float,
-    config: ResurrectionConfig,
-) -> None:
-    """One step of the chosen subset, ``state["chosen"]`` (bool, one entry a pruned place)."""
-    direction = grad
-    if config.step == "adam":
-        direction = _adam_direction(grad, state, step, config)
-    moved = theta * (1.0 - lr * config.weight_decay) - lr * direction
-    theta.copy_(torch.where(state["chosen"], moved, theta))
+    options = selective_options(config, theta.numel(), lr)
+    selective_step_reference(theta, grad, state["exp_avg"], state["exp_avg_sq"], **options)
 
 
 RULES: dict[str, Rule] = {
-    "sgd": sgd_rule,
-    "momentum": momentum_rule,
-    "adam": adam_rule,
+    "sgd": elementwise_rule,
+    "momentum": elementwise_rule,
+    "adam": elementwise_rule,
     "selective": selective_rule,
-    "subset": subset_rule,
+    "subset": elementwise_rule,
 }
 
 
@@ -159,18 +140,3 @@ def choose_subset(grad: Tensor, config: ResurrectionConfig, generator: torch.Gen
     else:
         score = grad.abs()
     return topk_mask(score, int(config.alpha * grad.numel()))
-
-
-def _decay(theta: Tensor, lr: float, config: ResurrectionConfig) -> None:
-    if config.weight_decay:
-        theta.mul_(1.0 - lr * config.weight_decay)
-
-
-def _adam_direction(
-    grad: Tensor, state: Mapping[str, Tensor], step: int, config: ResurrectionConfig
-) -> Tensor:
-    beta1, beta2 = config.betas
-    mean = state["exp_avg"].lerp_(grad, 1.0 - beta1)
-    square = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
-    root = (square / (1.0 - beta2**step)).sqrt_().add_(config.adam_eps)
-    return (mean / (1.0 - beta1**step)).div_(root)

@@ -19,7 +19,14 @@ from resu_compile.kernels.fused_update import STAY, Step, fused_update
 from resu_compile.kernels.mask_bits import pack_mask, unpack_mask
 from resu_compile.kernels.selective_step import selective_step_
 from resu_compile.runtime.optimizer_state import same_shaped_state
-from resu_compile.runtime.rules import EMAS, RULES, choose_subset, state_names
+from resu_compile.runtime.rules import (
+    EMAS,
+    RULES,
+    choose_subset,
+    elementwise_step,
+    selective_options,
+    state_names,
+)
 from resu_compile.state import MaskedWeight
 
 Means = tuple[Tensor | None, Tensor | None]
@@ -106,7 +113,7 @@ class Theta:
             lr = self._lr(optimizer, group)
             self._choose(weight, grad)
             if config.storage == "inplace" and config.rule != "selective":
-                theta = self._elementwise(lr)
+                theta = elementwise_step(config, self.step, lr)
             self._step_sides(optimizer, weight, parameter, active, theta, grad_factor)
             if config.storage == "compact":
                 self._move_vector(weight, parameter, grad, lr, grad_factor)
@@ -146,18 +153,6 @@ class Theta:
                 grad_factor,
             )
 
-    def _elementwise(self, lr: float) -> Step:
-        """A rule that moves each entry on its own, as the kernel takes it."""
-        config, count = self.config, self.step
-        if "exp_avg" in state_names(config):
-            beta1, beta2 = config.betas
-            corrections = (1.0 - beta1**count, 1.0 - beta2**count)
-            return Step(
-                "adam", lr, config.weight_decay, beta1, beta2, config.adam_eps, *corrections
-            )
-        momentum = config.momentum if config.rule == "momentum" else 0.0
-        return Step("sgd", lr, config.weight_decay, momentum)
-
     def _select(
         self,
         optimizer: torch.optim.Optimizer,
@@ -168,7 +163,7 @@ class Theta:
         grad_factor: float,
     ) -> None:
         """The selective rule in place."""
-        config, n_pruned = self.config, weight.numel - weight.nnz
+        n_pruned = weight.numel - weight.nnz
         ema, ema_abs = (self._mean(optimizer, parameter, name) for name in EMAS)
         selective_step_(
             parameter,
@@ -177,14 +172,7 @@ class Theta:
             ema_abs,
             weight.bits,
             n_pruned=n_pruned,
-            lr=lr,
-            beta=config.betas[0],
-            delta=config.delta,
-            tau=config.tau,
-            k_screen=int(config.screen * n_pruned),
-            k_select=int(config.select * n_pruned),
-            adaptive=config.step == "adam",
-            weight_decay=config.weight_decay,
+            **selective_options(self.config, n_pruned, lr),
         )
 
     def _move_vector(
