@@ -16,7 +16,7 @@ BUCKET_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # the row count that stan
 
 
 class Kernel(IntEnum):
-    """How ``x @ weight.T`` is computed. The numbers are stored in graphs and files; never reused."""
+    """How ``x @ weight.T`` is computed. The numbers are stored in files; never reused."""
 
     DENSE = 0  # the dense weight, by the library's matmul
     CSR = 1  # torch's CSR, on the CPU
