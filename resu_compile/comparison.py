@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from resu_compile.errors import ArgumentError, check_integer
+from resu_compile.kernels.row_select import row_select
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,8 @@ def lowest_pruned(score: Tensor, count: int, active: Tensor | None = None) -> Te
     Returns:
         bool mask of the shape of ``score``, True = kept.
     """
-    order = _inactive_first(torch.argsort(score, dim=-1, stable=True), active)
-    mask = torch.ones_like(score, dtype=torch.bool)
-    return mask.scatter_(-1, order[..., :count], False)
+    others = None if active is None else ~active
+    return row_select(score, count, highest=False, first=others).logical_not_()
 
 
 def highest_kept(score: Tensor, count: int, active: Tensor | None = None) -> Tensor:
@@ -145,18 +144,7 @@ def highest_kept(score: Tensor, count: int, active: Tensor | None = None) -> Ten
     Returns:
         bool mask of the shape of ``score``, True = kept.
     """
-    order = torch.argsort(score, dim=-1, descending=True, stable=True)
-    order = _inactive_first(order, None if active is None else ~active)
-    mask = torch.zeros_like(score, dtype=torch.bool)
-    return mask.scatter_(-1, order[..., :count], True)
-
-
-def _inactive_first(order: Tensor, active: Tensor | None) -> Tensor:
-    """``order`` (..., columns) with all places outside of ``active`` moved to the front."""
-    if active is None:
-        return order
-    later = active.gather(-1, order).to(torch.uint8)
-    return order.gather(-1, torch.argsort(later, dim=-1, stable=True))
+    return row_select(score, count, highest=True, first=active)
 
 
 def row_mask(

@@ -157,7 +157,7 @@ def attach_controller(
             config = replace(config, from_zeros=False, sparsity=found)
         return Controller(
             model,
-            [(named, masks[named.name]) for named in selection.chosen],
+            ((named, masks[named.name]) for named in selection.chosen),  # unpacked one by one
             config,
             selection.skipped,
             compiling,

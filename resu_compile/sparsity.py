@@ -45,11 +45,10 @@ def topk_mask(score: Tensor, k: int, first: Tensor | None = None) -> Tensor:
         if k <= n_first:
             return topk_mask(only_at(score, first), k)
         return first | topk_mask(only_at(score, ~first), k - n_first)
-    score = _as_float(score)
-    if score.is_cuda:
-        mask: Tensor = torch.ops.resu_compile.topk_mask.default(score, k)
+    if score.is_cuda and score.is_floating_point():  # 16 bits as they are
+        mask: Tensor = torch.ops.resu_compile.topk_mask.default(score.detach(), k)
         return mask
-    return topk_mask_reference(score, k)
+    return topk_mask_reference(_as_float(score), k)
 
 
 def only_at(score: Tensor, places: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from resu_compile.calibration.observer import Observer
 from resu_compile.calibration.replay import Replay, find_chain
 from resu_compile.errors import ArgumentError
 from resu_compile.methods.registry import CalibratedMethod
+from resu_compile.runtime.packed_masks import PackedMasks
 from resu_compile.selection import NamedWeight
 from resu_compile.state import MaskedWeight
 
@@ -35,7 +36,7 @@ def calibrated_masks(
     method: CalibratedMethod,
     calibration: Calibration,
     request: PruneRequest,
-) -> dict[str, Tensor]:
+) -> PackedMasks:
     """Masks of a method that looks at the inputs of weights.
 
     The weights are left with zeros outside of their masks, and with the values that the method
@@ -49,7 +50,7 @@ def calibrated_masks(
         request: how much, and where.
 
     Returns:
-        parameter name -> bool mask, True = active.
+        parameter name -> bool mask, True = active; held as bits.
 
     Raises:
         ArgumentError: wrong data, wrong blocks, or a weight that the data do not reach.
@@ -59,16 +60,17 @@ def calibrated_masks(
     loop = as_loop(calibration)
     specs = find_blocks(model, weights, method.blocks)
     journal = Journal()
-    masks: dict[str, Tensor] = {}
+    masks = PackedMasks()
     try:
         with calibrating(model):
             for spec, run in _runs(specs, model, loop):
                 block = Block(spec, request, run, journal)
-                masks |= _pruned(method, block, journal)
+                for name, mask in _pruned(method, block, journal).items():
+                    masks.add(name, mask)
     except BaseException:
         journal.restore()
         raise
-    return {weight.name: masks[weight.name] for weight in weights}
+    return masks.only(weight.name for weight in weights)
 
 
 def _pruned(method: CalibratedMethod, block: Block, journal: Journal) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,7 @@ from resu_compile.distributions import DISTRIBUTIONS
 from resu_compile.errors import ArgumentError
 from resu_compile.methods import CalibratedMethod, Method, get_method
 from resu_compile.patterns import pattern_masks
+from resu_compile.runtime.packed_masks import PackedMasks
 from resu_compile.selection import NamedWeight, check_values, matches
 from resu_compile.sparsity import global_topk_masks, keep_count, topk_mask
 
@@ -39,7 +40,7 @@ def new_masks(
     *,
     calibration: Calibration | None = None,
     model: nn.Module | None = None,
-) -> dict[str, Tensor]:
+) -> PackedMasks:
     """Masks with exact counts, from the present values of ``weights``.
 
     A calibrated method also writes into the weights: zeros outside of its masks, and whatever
@@ -55,7 +56,7 @@ def new_masks(
         model: the root, which calibration runs.
 
     Returns:
-        parameter name -> bool mask, True = active.
+        parameter name -> bool mask, True = active; held as bits.
 
     Raises:
         WeightError: a weight holds NaN or infinity, or is on meta.
@@ -66,37 +67,66 @@ def new_masks(
     check_calibration(config, calibration)
     check_values(weights)
     if config.from_zeros:
-        return {weight.name: weight.parameter.detach() != 0 for weight in weights}
+        return PackedMasks((w.name, w.parameter.detach() != 0) for w in weights)
     if isinstance(method, CalibratedMethod):
         assert calibration is not None
         assert model is not None
         return _calibrated(method, weights, config, generator, active, calibration, model)
+    if config.scope == "global" and config.pattern is None:
+        return _ranked_together(method, weights, config, generator, active or {})
+    # one weight at a time: the scores of all would be a second copy of the model
+    return PackedMasks(_ranked_alone(method, weights, config, generator, active or {}))
+
+
+def _ranked_alone(
+    method: Method,
+    weights: Sequence[NamedWeight],
+    config: SparsityConfig,
+    generator: torch.Generator,
+    active: Mapping[str, Tensor],
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and mask of each weight, whose scores are compared among themselves."""
+    pattern = None if config.pattern is None else parse_pattern(config.pattern)
+    keep = {} if pattern is not None else fixed_counts(weights, config)
+    for weight in weights:
+        name = weight.name
+        score = _score(method, weight, generator)
+        first = {name: active[name].to(score.device)} if active else {}
+        if pattern is not None:
+            yield name, pattern_masks([weight], {name: score}, pattern, first)[name]
+        else:
+            yield name, topk_mask(score, keep[name], first.get(name))
+        del score  # before the next one is made
+
+
+def _ranked_together(
+    method: Method,
+    weights: Sequence[NamedWeight],
+    config: SparsityConfig,
+    generator: torch.Generator,
+    active: Mapping[str, Tensor],
+) -> PackedMasks:
+    """Masks by one ranking of all scores, but for the weights that ``overrides`` names."""
     scores = {weight.name: _score(method, weight, generator) for weight in weights}
-    first = (
-        {name: active[name].to(score.device) for name, score in scores.items()} if active else {}
-    )
-    if config.pattern is not None:
-        return pattern_masks(weights, scores, parse_pattern(config.pattern), first)
-    fixed = overridden(weights, config)
-    free = [weight for weight in weights if weight.name not in fixed]
-    numel = {weight.name: weight.parameter.numel() for weight in weights}
+    first = {name: active[name].to(scores[name].device) for name in scores} if active else {}
     keep = fixed_counts(weights, config)
+    free = [weight for weight in weights if weight.name not in keep]
     masks: dict[str, Tensor] = {}
-    if config.scope == "global" and free:
+    if free:
+        numel = {weight.name: weight.parameter.numel() for weight in free}
         # no floor above the overall density: the total stays exact
         floor = min(config.min_density, 1.0 - config.sparsity)
-        floors = {weight.name: int(floor * numel[weight.name]) for weight in free}
-        total = keep_count(sum(numel[weight.name] for weight in free), config.sparsity)
+        floors = {name: int(floor * count) for name, count in numel.items()}
         device = free[0].parameter.device  # one ranking needs one place
         masks = global_topk_masks(
             {weight.name: scores[weight.name].to(device) for weight in free},
-            total,
+            keep_count(sum(numel.values()), config.sparsity),
             floors,
             {weight.name: first[weight.name].to(device) for weight in free} if first else None,
         )
     for name, count in keep.items():
         masks[name] = topk_mask(scores[name], count, first.get(name))
-    return {weight.name: masks[weight.name] for weight in weights}
+    return PackedMasks((weight.name, masks[weight.name]) for weight in weights)
 
 
 def fixed_counts(weights: Sequence[NamedWeight], config: SparsityConfig) -> dict[str, int]:
@@ -153,7 +183,7 @@ def _calibrated(
     active: Mapping[str, Tensor] | None,
     calibration: Calibration,
     model: nn.Module,
-) -> dict[str, Tensor]:
+) -> PackedMasks:
     from resu_compile.calibration.block import PruneRequest
     from resu_compile.calibration.engine import calibrated_masks
 

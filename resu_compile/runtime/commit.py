@@ -7,7 +7,7 @@ merge     all places stay
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +30,7 @@ def commit_masks(
     terms: ResurrectionConfig,
     pruning: SparsityConfig | None,
     calibration: Any = None,
-) -> dict[str, Tensor]:
+) -> Mapping[str, Tensor]:
     """Masks after the commit, from the present values of the weights, theta included.
 
     Args:
