@@ -1,0 +1,378 @@
+"""Which kernel runs a sparse linear layer at which batch size, chosen by measured times.
+
+    plan.kernels[batch_bucket(rows of x)] is the kernel that runs
+
+``sparse_threshold="auto"`` takes what measured fastest on this device for this shape, sparsity and
+dtype; a number forces the sparse kernels from that sparsity on.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+
+from resu_compile.errors import ArgumentError, check_number
+from resu_compile.kernels.csr_linear import has_csr_kernel
+from resu_compile.kernels.packed_linear import default_format
+from resu_compile.kernels.plan import BUCKET_ROWS, Kernel, batch_bucket
+from resu_compile.runtime import kernel_times, plan_cache
+
+logger = logging.getLogger(__name__)
+
+MIN_SPARSITY = 0.4  # below, the entries with their places are about as many bytes as the weight
+MIN_NUMEL = 64 * 64  # below, either product is shorter than the call that starts it
+MAX_NUMEL = 2**31 - 2**16  # entry numbers are int32
+DYNAMIC_ROWS = 256  # the largest batch that is measured for where the batch size is not known
+
+# A kernel must beat another by this share of its time before anything is given up for it: two runs
+# of one measurement differ by less (fp32 on a 2-core CPU with other programs running: 5 %).
+MARGINS = {"cuda": 0.03, "cpu": 0.05}
+
+ROWS_MOST, TILES_MOST = 8, 64  # rows of x beyond which these kernels run more than once over
+FORCED_ROWS_MOST, FORCED_ROWS_SPARSITY = 4, 0.8
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
+PACKING_OVERHEAD = 1.14  # bitmap tiles at K = 1024: padding to the longest stream of a tile
+
+_WITHOUT_FORMAT = frozenset({Kernel.DENSE, Kernel.UNPACK})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The kernel of every batch bucket, and what the choice rests on.
+
+    Attributes:
+        kernels: one kernel for each of ``BUCKET_ROWS``.
+        times_ms: bucket -> kernel -> measured milliseconds of one product; empty if the choice
+            rests on no measurement.
+        source: where the times come from (``"measured"``, ``"cache"``, ``"shipped"`` or several of
+            them), else why there are none.
+        unpacked_from: the format that ``UNPACK`` expands where the plan needs no other.
+    """
+
+    kernels: tuple[Kernel, ...]
+    times_ms: Mapping[int, Mapping[Kernel, float]] = field(default_factory=dict)
+    source: str = ""
+    unpacked_from: Kernel = Kernel.TILES
+
+    def __post_init__(self) -> None:
+        if len(self.kernels) != len(BUCKET_ROWS):
+            raise ArgumentError(
+                f"kernels: expected one for each of the {len(BUCKET_ROWS)} batch buckets, "
+                f"got {len(self.kernels)}"
+            )
+        if self.unpacked_from in _WITHOUT_FORMAT:
+            raise ArgumentError(
+                f"unpacked_from: expected a kernel with a packed format, got "
+                f"{self.unpacked_from.name}"
+            )
+        object.__setattr__(self, "kernels", tuple(Kernel(kernel) for kernel in self.kernels))
+        frozen = {b: MappingProxyType(dict(own)) for b, own in sorted(self.times_ms.items())}
+        object.__setattr__(self, "times_ms", MappingProxyType(frozen))
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the dense product runs at every batch size, so that nothing is packed."""
+        return all(kernel is Kernel.DENSE for kernel in self.kernels)
+
+    @property
+    def needed(self) -> frozenset[Kernel]:
+        """The kernels whose packed formats the plan reads."""
+        formats = frozenset(self.kernels) - _WITHOUT_FORMAT
+        if not formats and Kernel.UNPACK in self.kernels:
+            return frozenset({self.unpacked_from})
+        return formats
+
+    def times_at(self, rows: int) -> Mapping[Kernel, float]:
+        """Measured milliseconds of each kernel at ``rows`` rows of x; empty if there are none."""
+        return self.times_ms.get(batch_bucket(rows), {})
+
+
+def choose_plan(
+    device: torch.device,
+    out_features: int,
+    in_features: int,
+    sparsity: float,
+    dtype: torch.dtype,
+    rows: int | None,
+    threshold: float | Literal["auto"],
+    *,
+    cuda_graphs: bool = False,
+    release_dense: bool = False,
+    pattern: tuple[int, int] | None = None,
+) -> Plan:
+    """The plan of one weight.
+
+    The rule of ``"auto"``: at each batch size the fastest of the kernels whose formats are packed,
+    where one beats the dense product by more than the margin (3 % on CUDA, 5 % on the CPU).
+    A format is packed only if without it some batch size would take longer by more than the
+    margin. Weights under 40 % sparsity or with fewer than 64 * 64 elements stay dense unmeasured.
+
+    Args:
+        device: where the product runs.
+        out_features: N, rows of the weight.
+        in_features: K, columns of the weight.
+        sparsity: share of the weight that is pruned, in [0, 1].
+        dtype: dtype of the computation (under autocast: the autocast dtype).
+        rows: rows of x, or None where they change from call to call; then the buckets up to 256
+            rows are measured, and all of them for 2:4.
+        threshold: ``"auto"``, or a number that forces the sparse kernels from that sparsity on:
+            on CUDA ``ROWS`` up to 4 rows from 80 % on, else ``TILES`` up to 64 rows, on the CPU
+            ``CSR`` at any; 1.0 turns them off.
+        cuda_graphs: whether the product will be replayed in a CUDA graph; without one, launching
+            the op from Python is part of its time.
+        release_dense: whether the dense weight will be freed: ``UNPACK`` stands for ``DENSE``
+            wherever packing saves memory.
+        pattern: ``(n, m)`` if at most n of each m entries along K are kept; ``(2, 4)`` allows
+            ``SEMI``.
+
+    Raises:
+        ArgumentError: if ``threshold`` is neither ``"auto"`` nor a number in [0, 1].
+    """
+    least = _least_sparsity(threshold)
+    case = _Case(
+        device, out_features, in_features, sparsity, dtype, rows, cuda_graphs, release_dense,
+        pattern if pattern == (2, 4) else None,
+    )  # fmt: skip
+    formats = case.formats()
+    if not formats:
+        return case.constant("not measured: no sparse kernel for this device, dtype and size")
+    if least is not None:
+        if least == 1.0:
+            return case.constant("sparse_threshold=1.0 turns the sparse kernels off")
+        if sparsity < least:
+            return case.constant(f"sparsity {sparsity:.2%} is under sparse_threshold={threshold}")
+        return case.forced(formats, f"forced by sparse_threshold={threshold}")
+    if out_features * in_features < MIN_NUMEL:
+        return case.constant("not measured: fewer than 64 * 64 elements")
+    if sparsity < MIN_SPARSITY:
+        return case.constant(f"not measured: less than {MIN_SPARSITY:.0%} pruned")
+    return case.measured(formats)
+
+
+def _least_sparsity(threshold: float | Literal["auto"]) -> float | None:
+    expected = "'auto' or a number in [0, 1]"
+    if isinstance(threshold, str):
+        if threshold != "auto":
+            raise ArgumentError(f"sparse_threshold: expected {expected}, got {threshold!r}")
+        return None
+    return check_number(
+        threshold, name="sparse_threshold", minimum=0.0, maximum=1.0, expected=expected
+    )
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One call of ``choose_plan``."""
+
+    device: torch.device
+    out_features: int
+    in_features: int
+    sparsity: float
+    dtype: torch.dtype
+    rows: int | None
+    cuda_graphs: bool
+    release_dense: bool
+    pattern: tuple[int, int] | None
+
+    @property
+    def base(self) -> Kernel:
+        """What runs where no sparse kernel does."""
+        return Kernel.UNPACK if self.can_release else Kernel.DENSE
+
+    @property
+    def packed_for_unpack(self) -> Kernel:
+        """The format that ``UNPACK`` expands."""
+        return default_format(self.device)
+
+    @property
+    def can_release(self) -> bool:
+        """Whether the packed form replaces the dense weight, being smaller."""
+        large = self.out_features * self.in_features >= MIN_NUMEL
+        return self.release_dense and large and bool(self.formats()) and self._saves_memory()
+
+    def _saves_memory(self) -> bool:
+        size, kept = self.dtype.itemsize, 1.0 - self.sparsity
+        if self.packed_for_unpack is Kernel.CSR:
+            return kept * (size + 4) < size
+        return kept * size * PACKING_OVERHEAD + 1 / 8 < size
+
+    def formats(self) -> tuple[Kernel, ...]:
+        """The sparse kernels that this device has for the dtype and size."""
+        if not 0 < self.out_features * self.in_features < MAX_NUMEL:
+            return ()
+        if self.device.type == "cpu":
+            return (Kernel.CSR,) if has_csr_kernel(self.device, self.dtype) else ()
+        if self.device.type != "cuda" or self.dtype not in FLOATS:
+            return ()
+        if self.pattern is not None and self.dtype in HALVES:
+            from resu_compile.kernels.semi_linear import is_supported
+
+            if is_supported(self.out_features, self.in_features, self.dtype):
+                return (Kernel.ROWS, Kernel.TILES, Kernel.SEMI)
+        return (Kernel.ROWS, Kernel.TILES)
+
+    def buckets(self) -> tuple[int, ...]:
+        """The buckets that a choice is made for."""
+        if self.rows is not None:
+            return (batch_bucket(self.rows),)
+        most = DYNAMIC_ROWS if self.pattern is None else BUCKET_ROWS[-1]
+        return tuple(i for i, rows in enumerate(BUCKET_ROWS) if rows <= most)
+
+    def plan(
+        self,
+        chosen: Mapping[int, Kernel],
+        source: str,
+        times: Mapping[int, Mapping[Kernel, float]] | None = None,
+    ) -> Plan:
+        """``chosen`` by bucket, the base kernel in every other."""
+        kernels = tuple(chosen.get(i, self.base) for i in range(len(BUCKET_ROWS)))
+        return Plan(kernels, times or {}, source, self.packed_for_unpack)
+
+    def constant(self, why: str) -> Plan:
+        """The base kernel in every bucket."""
+        return self.plan({}, why)
+
+    def forced(self, formats: tuple[Kernel, ...], why: str) -> Plan:
+        """The kernel that a rule of thumb gives, in every bucket in question."""
+        buckets = range(len(BUCKET_ROWS)) if self.rows is None else self.buckets()
+        chosen = {}
+        for bucket in buckets:
+            rows = BUCKET_ROWS[bucket]
+            if formats == (Kernel.CSR,):
+                chosen[bucket] = Kernel.CSR
+            elif rows <= FORCED_ROWS_MOST and self.sparsity >= FORCED_ROWS_SPARSITY:
+                chosen[bucket] = Kernel.ROWS
+            elif rows <= TILES_MOST:
+                chosen[bucket] = Kernel.TILES
+        return self.plan(chosen, why)
+
+    def candidates(self, formats: tuple[Kernel, ...], bucket: int) -> frozenset[Kernel]:
+        """What is measured in a bucket: the kernels made for it and the dense product."""
+        rows = BUCKET_ROWS[bucket]
+        most = {Kernel.ROWS: ROWS_MOST, Kernel.TILES: TILES_MOST if self.dtype in HALVES else 0}
+        wanted = {kernel for kernel in formats if rows <= most.get(kernel, rows)}
+        return frozenset(wanted | {Kernel.DENSE, self.base})
+
+    def measured(self, formats: tuple[Kernel, ...]) -> Plan:
+        """The fastest kernels, by times that are known or taken now."""
+        wanted = {bucket: self.candidates(formats, bucket) for bucket in self.buckets()}
+        times, source = self._times(wanted)
+        usable = {
+            bucket: {kernel: own[kernel] for kernel in own if kernel in wanted[bucket]}
+            for bucket, own in times.items()
+        }
+        excluded = Kernel.DENSE if self.can_release else Kernel.UNPACK
+        choices: dict[int, dict[Kernel, float]] = {
+            bucket: {kernel: ms for kernel, ms in own.items() if kernel != excluded}
+            for bucket, own in usable.items()
+        }
+        # any batch size may come: the larger ones are not left to a format made for few rows
+        fixed = {self.packed_for_unpack} if self.can_release and self.rows is None else set()
+        margin = MARGINS[self.device.type]
+        kept = worthwhile(choices, self.base, margin, frozenset(fixed))
+        chosen = {
+            bucket: fastest(own, self.base, kept, margin) for bucket, own in choices.items() if own
+        }
+        return self.plan(chosen, source, usable)
+
+    def _times(
+        self, wanted: Mapping[int, frozenset[Kernel]]
+    ) -> tuple[dict[int, dict[Kernel, float]], str]:
+        key = plan_cache.TimesKey.of(
+            self.device, self.out_features, self.in_features, self.sparsity, self.dtype,
+            cuda_graphs=self.cuda_graphs, pattern=self.pattern,
+        )  # fmt: skip
+        with plan_cache.lock:  # also: two measurements at a time would disturb each other
+            times, sources = plan_cache.find(key, wanted)
+            missing = {bucket: own for bucket, own in wanted.items() if bucket not in times}
+            if missing:
+                if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                    sources.append("not measured: the stream is being captured")
+                else:
+                    fresh = self._measure(missing)
+                    sources.append("measured" if fresh else "not measured: out of memory")
+                    plan_cache.keep(key, fresh)
+                    times |= fresh
+        return times, ", ".join(sources)
+
+    def _measure(self, wanted: Mapping[int, frozenset[Kernel]]) -> dict[int, dict[Kernel, float]]:
+        try:
+            return kernel_times.measure_kernels(
+                self.device, self.out_features, self.in_features,
+                plan_cache.rounded(self.sparsity), self.dtype, wanted,
+                cuda_graphs=self.cuda_graphs, pattern=self.pattern,
+                unpacked_from=self.packed_for_unpack,
+            )  # fmt: skip
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            logger.warning(
+                "%dx%d on %s: no memory to measure the sparse kernels, it stays %s",
+                self.out_features, self.in_features, self.device, self.base.name,
+            )  # fmt: skip
+            return {}
+
+
+# -- the rule --------------------------------------------------------------------------------
+def fastest(
+    times: Mapping[Kernel, float], base: Kernel, formats: frozenset[Kernel], margin: float
+) -> Kernel:
+    """The fastest of ``formats`` in one bucket, or ``base`` unless it is beaten by the margin."""
+    limit = times.get(base, math.inf) * (1.0 - margin)
+    return min(
+        (kernel for kernel in sorted(times) if kernel in formats and times[kernel] < limit),
+        key=times.__getitem__,
+        default=base,
+    )
+
+
+def worthwhile(
+    times: Mapping[int, Mapping[Kernel, float]],
+    base: Kernel,
+    margin: float,
+    fixed: frozenset[Kernel] = frozenset(),
+) -> frozenset[Kernel]:
+    """The formats worth packing.
+
+    From all of them, the one that is missed least is left out, as long as no bucket loses more than
+    the margin by it.
+
+    Args:
+        times: bucket -> kernel -> milliseconds.
+        base: the kernel that needs no format of its own.
+        margin: share of a time, in [0, 1).
+        fixed: formats that are packed in any case.
+    """
+    formats = frozenset(k for own in times.values() for k in own) - _WITHOUT_FORMAT | fixed
+
+    def loss(without: Kernel) -> float:
+        """Largest share of its time that any bucket saves by this format; inf: needed."""
+        shares = [0.0]
+        for own in times.values():
+            with_it = own.get(fastest(own, base, formats, margin), math.inf)
+            without_it = own.get(fastest(own, base, formats - {without}, margin), math.inf)
+            if without_it > with_it:
+                shares.append(1.0 - with_it / without_it)
+        return max(shares)
+
+    while removable := formats - fixed:
+        least = min(sorted(removable, reverse=True), key=loss)
+        if loss(least) > margin:
+            break
+        formats -= {least}
+    return formats
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)  # the CPU allocator raises a plain RuntimeError
+    return "not enough memory" in text or "can't allocate memory" in text
