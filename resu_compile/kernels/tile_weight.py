@@ -14,8 +14,8 @@ The places of a lane in one segment are read in the order of ``16 s + i``, each 
 - ``unit`` 2: one flag bit a pair (both halves of a register); a pair with a kept value stores both,
   the pruned one as 0, at the same rank of both streams.
 
-A row of ``val`` holds one value for each of the 64 streams: element ``64 (offset + rank) + 2 l + h``
-is value number ``rank`` of lane ``l``, half ``h``. So a lane stays in its own four bytes of each
+A row of ``val`` holds one value for each of the 64 streams: element
+``64 (offset + rank) + 2 l + h`` is value number ``rank`` of lane ``l``, half ``h``. So a lane stays in its own four bytes of each
 row (2-byte values), whatever the ranks of the others: a shared memory bank of its own. A segment
 of a strip takes as many rows as its longest stream; the rest is 0. ``flags[strip, j, w, l]`` holds
 32 bits of lane ``l``, in the order of ``2 (16 s + i) + h`` for unit 1 and of ``16 s + i`` for unit
@@ -226,7 +226,7 @@ def _to_streams(matrix: Tensor, segment: int) -> Tensor:
     """``(rows, K)`` -> ``(strips, segments, 32, 2, segment / 4)``: lane, half, order of reading."""
     rows, columns = matrix.shape
     matrix = F.pad(matrix, (0, -columns % segment, 0, -rows % STRIP))
-    # row = (strip, i & 1, g); column = (segment, s, i >> 2, i >> 1 & 1, t, h)
+    # rows are strip, i & 1, g; columns are segment, s, i >> 2, i >> 1 & 1, t, h
     split = matrix.reshape(-1, 2, 8, matrix.shape[1] // segment, segment // STEP, 4, 2, 4, 2)
     ordered = split.permute(0, 3, 2, 7, 8, 4, 5, 6, 1)  # strip, segment, g, t, h, s, i
     return ordered.reshape(*ordered.shape[:2], 32, 2, segment // 4)
@@ -270,7 +270,7 @@ def _kept_of(flags: Tensor, unit: int, segment: int) -> Tensor:
 
 
 def _pack_words(bits: Tensor) -> Tensor:
-    """bool ``(..., 32)`` -> int32 ``(...)``, lowest bit first."""
+    """Flags ``(..., 32)`` -> int32 ``(...)``, lowest bit first."""
     grouped = bits.reshape(*bits.shape[:-1], 4, 8).to(torch.uint8)
     octets = torch.zeros(grouped.shape[:-1], dtype=torch.uint8, device=bits.device)
     for i in range(8):  # eight passes over bytes; no int64 temporaries
