@@ -12,7 +12,6 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -74,8 +73,7 @@ class Plan:
                 f"{self.unpacked_from.name}"
             )
         object.__setattr__(self, "kernels", tuple(Kernel(kernel) for kernel in self.kernels))
-        frozen = {b: MappingProxyType(dict(own)) for b, own in sorted(self.times_ms.items())}
-        object.__setattr__(self, "times_ms", MappingProxyType(frozen))
+        object.__setattr__(self, "times_ms", {b: dict(t) for b, t in sorted(self.times_ms.items())})
 
     @property
     def is_dense(self) -> bool:
