@@ -3,23 +3,25 @@
     python -m pytest benchmarks/bench_fused_update.py        # one group a shape
     python -m benchmarks.bench_fused_update --table
 
-"torch dense" is torch's fused AdamW on the same weight without a mask: the step to be as fast as.
+The reference is torch's fused AdamW on the same weight without a mask: the step to be as fast as.
 "fused" steps the active places by AdamW and theta by Adam, "inductor" is its plain meaning under
 ``torch.compile``, "frozen" moves theta alone, "packed" keeps moments for the active places only.
-The byte floor reads weight, gradient and two moments and writes all but the gradient: 28 bytes a
-weight in float32. CUDA only.
+Reading weight, gradient and two moments and writing all but the gradient is 28 bytes a weight in
+float32. 70 % pruned.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 from collections.abc import Callable
 
 import pytest
 import torch
-from tabulate import tabulate
+from torch import Tensor
 
+from benchmarks import harness
+from benchmarks.group_table import table_main
+from benchmarks.harness import CUDA, DEVICE, Entry, Group
 from resu_compile.kernels.bit_rank import block_ranks
 from resu_compile.kernels.fused_update import (
     STAY,
@@ -30,14 +32,16 @@ from resu_compile.kernels.fused_update import (
 )
 from resu_compile.kernels.mask_bits import pack_mask
 
-SHAPES = ((2048, 2048), (4096, 4096), (14336, 4096))
+SHAPES = ((2048, 2048), (4096, 4096), (14336, 4096)) if CUDA else ((512, 512), (1024, 1024))
 SPARSITY = 0.7
+STEP_BYTES = 28  # a weight
 ADAM = Step("adam", 1e-4, 0.1, 0.9, 0.999, 1e-8, 1 - 0.9**10, 1 - 0.999**10)
 THETA = Step("adam", 1e-3, 0.0, 0.9, 0.95, 1e-8, 1 - 0.9**5, 1 - 0.95**5)
-IMPLS = ("torch dense", "fused", "inductor", "frozen", "packed")
-COPIES = 4  # together beyond the L2 cache at every shape
+REFERENCE = "torch dense"
+IMPLS = (REFERENCE, "fused", "frozen", "packed", *(("inductor",) if CUDA else ()))
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+Shape = tuple[int, int]
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor]  # weight, gradient, first and second mean
 
 
 @functools.cache
@@ -45,87 +49,87 @@ def compiled() -> Callable[..., None]:
     return torch.compile(fused_update_reference, dynamic=False)
 
 
-def step_of(impl: str, shape: tuple[int, int]) -> Callable[[], None]:
-    """One step of ``COPIES`` weights of ``shape``."""
-    torch.manual_seed(0)
-    weights, grads, firsts = (
-        [torch.randn(shape, device="cuda") for _ in range(COPIES)] for _ in range(3)
+def draw(shape: Shape, seed: int) -> Tensors:
+    numbers = harness.generator(seed)
+    weight, grad, first = (torch.randn(shape, generator=numbers, device=DEVICE) for _ in range(3))
+    return weight, grad, first, torch.rand(shape, generator=numbers, device=DEVICE)
+
+
+def torch_adamw(weight: Tensor, grad: Tensor, first: Tensor, second: Tensor, step: Tensor) -> None:
+    torch._fused_adamw_(
+        [weight],
+        [grad],
+        [first],
+        [second],
+        [],
+        [step],
+        lr=ADAM.lr,
+        beta1=ADAM.beta1,
+        beta2=ADAM.beta2,
+        weight_decay=ADAM.weight_decay,
+        eps=ADAM.eps,
+        amsgrad=False,
+        maximize=False,
     )
-    seconds = [torch.rand(shape, device="cuda") for _ in range(COPIES)]
-    mask = torch.rand(shape, device="cuda") >= SPARSITY
+
+
+def check_update(shape: Shape, bits: Tensor) -> None:
+    """Raise unless the fused step moves weight and state as its plain meaning does."""
+    ours, plain = draw(shape, 0), draw(shape, 0)
+    fused_update(*ours, bits, ADAM, THETA)
+    fused_update_reference(*plain, bits, ADAM, THETA)
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def build_update(shape: Shape) -> dict[str, Entry]:
+    mask = torch.rand(shape, generator=harness.generator(99), device=DEVICE) >= SPARSITY
     bits, numel = pack_mask(mask), mask.numel()
     ranks = block_ranks(bits, numel, True)
-    if impl == "torch dense":
-        steps = [torch.full((), 10.0, device="cuda") for _ in range(COPIES)]
-        return lambda: torch._fused_adamw_(
-            weights,
-            grads,
-            firsts,
-            seconds,
-            [],
-            steps,
-            lr=1e-4,
-            beta1=0.9,
-            beta2=0.999,
-            weight_decay=0.1,
-            eps=1e-8,
-            amsgrad=False,
-            maximize=False,
+    check_update(shape, bits)
+    sets = [draw(shape, seed) for seed in range(harness.copies_of(STEP_BYTES * numel))]
+    steps = [torch.full((), 10.0, device=DEVICE) for _ in sets]
+    packed = [(w, g, m[mask], v[mask]) for w, g, m, v in sets]
+
+    def entry(call: Callable[..., None], tensors: list[Tensors], *rest: object) -> Entry:
+        return Entry(
+            tuple(functools.partial(call, *own, *rest) for own in tensors), STEP_BYTES * numel
         )
-    if impl == "packed":
-        firsts, seconds = [x[mask] for x in firsts], [x[mask] for x in seconds]
 
-    def run() -> None:
-        for tensors in zip(weights, grads, firsts, seconds, strict=True):
-            if impl == "fused":
-                fused_update(*tensors, bits, ADAM, THETA)
-            elif impl == "inductor":
-                compiled()(*tensors, bits, ADAM, THETA)
-            elif impl == "frozen":
-                fused_update(*tensors, bits, STAY, THETA)
-            else:
-                packed_adam(*tensors, bits, ranks, ADAM)
-
-    return run
+    calls = [functools.partial(torch_adamw, *own, at) for own, at in zip(sets, steps, strict=True)]
+    entries = {
+        REFERENCE: Entry(tuple(calls), STEP_BYTES * numel),
+        "fused": entry(fused_update, sets, bits, ADAM, THETA),
+        "frozen": entry(fused_update, sets, bits, STAY, THETA),
+        "packed": entry(packed_adam, packed, bits, ranks, ADAM),
+    }
+    if "inductor" in IMPLS:
+        entries["inductor"] = entry(compiled(), sets, bits, ADAM, THETA)
+    return entries
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_fused_update(benchmark, impl, shape):
-    benchmark.group = f"fused update {shape}"
-    step = step_of(impl, shape)
-    step()
+def groups(*, smallest: bool = False) -> list[Group]:
+    """The groups of the suite; ``smallest``: one small weight."""
+    return [
+        Group(
+            f"update, {shape[0]}x{shape[1]}",
+            IMPLS,
+            (REFERENCE,),
+            functools.partial(build_update, shape),
+        )
+        for shape in (((64, 64),) if smallest else SHAPES)
+    ]
 
-    def run() -> None:
-        step()
-        torch.cuda.synchronize()
 
-    benchmark(run)
-
-
-def print_table() -> None:
-    from triton.testing import do_bench_cudagraph
-
-    rows = []
-    for shape in SHAPES:
-        floor = 28 * shape[0] * shape[1] / 4.27e9  # ms at the copy bandwidth of an H200
-        for impl in IMPLS:
-            step = step_of(impl, shape)
-            step()
-            ms = do_bench_cudagraph(step, rep=100, return_mode="median") / COPIES
-            rows.append([f"{shape[0]}x{shape[1]}", impl, ms, f"{ms / floor:.2f}"])
-    print(f"one step of one weight, {torch.cuda.get_device_name()}, torch {torch.__version__}")
-    print(tabulate(rows, headers=["weight", "step", "ms", "of 28 B at 4.27 TB/s"], floatfmt=".4f"))
+@pytest.mark.parametrize(("group", "impl"), harness.each_impl(groups()), ids=harness.show)
+def test_fused_update(benchmark, group, impl):
+    harness.run_benchmark(benchmark, group, impl)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--table", action="store_true", help="print one table")
-    if not parser.parse_args().table:
-        parser.error("expected --table")
-    if not torch.cuda.is_available():
-        parser.error("expected a CUDA device, found none")
-    print_table()
+    title = "One step of one weight, 70 % pruned, fp32"
+    command = "python -m benchmarks.bench_fused_update --table"
+    table_main(__doc__.splitlines()[0], title, groups, command)
 
 
 if __name__ == "__main__":

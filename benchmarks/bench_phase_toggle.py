@@ -13,21 +13,22 @@ import argparse
 import copy
 import functools
 import itertools
-import platform
 import statistics
 import time
 from collections.abc import Callable
 
 import pytest
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 import resu_compile as resu
+from benchmarks import harness
+from benchmarks.harness import DEVICE, Entry, Group
+from benchmarks.results import Result
 from resu_compile import Phase
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
+COMMAND = "python -m benchmarks.bench_phase_toggle"
+
 WEIGHTS = (10, 50)
 CALLS = ("inference", "forward", "forward + backward")
 IMPLS = ("inductor", "resu", "resu switched")
@@ -107,57 +108,83 @@ def timers(count: int, call: str) -> dict[str, Callable[[], float]]:
     }
 
 
-# -- pytest-benchmark ------------------------------------------------------------------------
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("count", WEIGHTS, ids=lambda n: f"{n} weights")
-def test_phase_toggle(benchmark, count, call, impl):
-    benchmark.group = f"call of {count} weights, {call}"
+# -- groups ----------------------------------------------------------------------------------
+def build_calls(count: int, call: str) -> dict[str, Entry]:
     plain, ours = models(count)
-    model = plain if impl == "inductor" else ours
     ctl = resu.controller(ours)
+    phases = itertools.cycle((Phase.DENSE, Phase.SPARSE))
     ctl.set_phase(Phase.SPARSE)
-    if impl == "resu switched":
-        phases = itertools.cycle((Phase.DENSE, Phase.SPARSE))
-        benchmark.pedantic(
-            run, (model, call), setup=lambda: ctl.set_phase(next(phases)), rounds=REPEATS
+
+    def steady() -> None:
+        ctl.set_phase(Phase.SPARSE)
+        for _ in range(CALLS_PER_REPEAT):
+            run(ours, call)
+
+    def switched() -> None:
+        for _ in range(CALLS_PER_REPEAT):
+            ctl.set_phase(next(phases))
+            run(ours, call)
+
+    def inductor() -> None:
+        for _ in range(CALLS_PER_REPEAT):
+            run(plain, call)
+
+    made = {"inductor": inductor, "resu": steady, "resu switched": switched}
+    return {impl: Entry((calls,)) for impl, calls in made.items()}
+
+
+def groups(*, smallest: bool = False) -> list[Group]:
+    """The groups of the suite, of ``CALLS_PER_REPEAT`` calls each; ``smallest``: two weights."""
+    return [
+        Group(
+            f"{CALLS_PER_REPEAT} calls of {count} weights, {call}",
+            IMPLS,
+            ("inductor",),
+            functools.partial(build_calls, count, call),
+            graph=False,
         )
-    else:
-        benchmark(run, model, call)
+        for count in ((2,) if smallest else WEIGHTS[:1])
+        for call in (CALLS[:1] if smallest else CALLS)
+    ]
+
+
+@pytest.mark.parametrize(("group", "impl"), harness.each_impl(groups()), ids=harness.show)
+def test_phase_toggle(benchmark, group, impl):
+    harness.run_benchmark(benchmark, group, impl)
 
 
 # -- one table -------------------------------------------------------------------------------
-def print_table() -> None:
-    started = time.perf_counter()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def make_table() -> Result:
     rows = []
-    for count, call in itertools.product(WEIGHTS, CALLS):
-        named = timers(count, call)
-        samples: dict[str, list[float]] = {impl: [] for impl in IMPLS}
-        for _ in range(REPEATS):  # in turns: a drift of the clocks meets all alike
-            for impl in IMPLS:
-                samples[impl].append(named[impl]())
-        # the fastest: other programs on the same cores only ever add time
-        best = {impl: min(own) for impl, own in samples.items()}
-        extra = [best[impl] - best["inductor"] for impl in IMPLS[1:]]
-        middle = statistics.median(samples["resu"]) - statistics.median(samples["inductor"])
-        rows.append([count, call, *best.values(), *extra, middle])
-    torch.set_num_threads(threads)
-    where = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU, 1 thread"
-    print(f"microseconds of a call, fastest of {REPEATS} x {CALLS_PER_REPEAT}; {where}, ", end="")
-    print(f"torch {torch.__version__}")
+    with harness.one_thread():
+        for count, call in itertools.product(WEIGHTS, CALLS):
+            named = timers(count, call)
+            samples: dict[str, list[float]] = {impl: [] for impl in IMPLS}
+            for _ in range(REPEATS):  # in turns: a drift of the clocks meets all alike
+                for impl in IMPLS:
+                    samples[impl].append(named[impl]())
+            # the fastest: other programs on the same cores only ever add time
+            best = {impl: min(own) for impl, own in samples.items()}
+            extra = [best[impl] - best["inductor"] for impl in IMPLS[1:]]
+            middle = statistics.median(samples["resu"]) - statistics.median(samples["inductor"])
+            numbers = [f"{us:.1f}" for us in (*best.values(), *extra, middle)]
+            rows.append([str(count), call, *numbers])
+    title = f"Microseconds of a call, fastest of {REPEATS} x {CALLS_PER_REPEAT}"
     head = ["weights", "call", *IMPLS, "extra", "extra switched", "extra (median)"]
-    print(tabulate(rows, headers=head, floatfmt=".1f"))
-    print(f"took {time.perf_counter() - started:.0f} s")
+    return Result(title, f"{COMMAND} --table", head, rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", action="store_true", help="print one table")
-    if not parser.parse_args().table:
+    parser.add_argument("--json", metavar="PATH", help="write the table there as well")
+    args = parser.parse_args()
+    if not args.table:
         parser.error("expected --table")
-    print_table()
+    result = make_table()
+    print(result.text())
+    if args.json:
+        result.save(args.json)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,29 @@
-"""One selective step on the pruned places of a weight, and the exact top-k mask by itself.
+"""One selective step on the pruned places of a weight.
 
-    python -m pytest benchmarks/bench_selective_step.py      # a group for each shape
-    python -m benchmarks.bench_selective_step --table        # beside the floor by bytes
+    python -m pytest benchmarks/bench_selective_step.py      # a group for each size
+    python -m benchmarks.bench_selective_step --table
     python -m benchmarks.bench_selective_step --kernels      # time of each kernel (CUDA)
 
-70 % pruned; half of the pruned places screened, a fifth selected. On CUDA: fp32, over copies that
-together are twice L2; "graph" is the time on the device in a CUDA graph, "call" that of calls that
-Python launches one after the other. Results are checked before they are timed.
+70 % pruned; half of the pruned places screened, a fifth selected; fp32. The reference is what torch
+offers: full-size operations and two ``torch.topk``. Results are checked before they are timed.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import platform
-import statistics
+import sys
 from collections.abc import Callable
 
 import pytest
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
+from benchmarks import harness
+from benchmarks.group_table import table_main
+from benchmarks.harness import CUDA, DEVICE, Entry, Group
 from resu_compile.kernels._triton import HAS_TRITON
 from resu_compile.kernels.mask_bits import pack_mask, unpack_mask
-from resu_compile.kernels.radix_select import (
-    topk_mask,
-    topk_mask_cuda,
-    topk_mask_reference,
-    topk_mask_triton,
-    topk_module,
-)
+from resu_compile.kernels.radix_select import topk_mask_reference
 from resu_compile.kernels.selective_step import (
     Places,
     Rule,
@@ -39,21 +32,12 @@ from resu_compile.kernels.selective_step import (
     selective_step_triton,
     step_module,
 )
-from resu_compile.runtime.stopwatch import (
-    capture_calls,
-    copies_beyond_l2,
-    device_ms,
-    interleaved_ms,
-    wall_ms,
-)
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
+COMMAND = "python -m benchmarks.bench_selective_step"
+
 SIDES = (2048, 4096) if CUDA else (512, 1024)
 SPARSITY, SCREEN, SELECT = 0.7, 0.5, 0.2
 FLOOR_BYTES = 28 + 1 / 8  # a weight: read W, g, m, v and a bit, write W, m, v
-MASK_FLOOR_BYTES = 4 + 1  # read a score, write a bool
-REPEATS, BUDGET_S = 15, 1.0
 # averages that stay as they are: under a constant gradient, C would go to 1 everywhere
 BETA = 1.0 - 1e-7
 
@@ -112,35 +96,9 @@ def step_cuda(places: Places, rule: Rule) -> None:
     selective_step_cuda(module, places, rule)
 
 
-def mask_topk(score: Tensor, k: int) -> Tensor:
-    """As many library lines as it takes: ``torch.topk`` and a scatter of its indices."""
-    mask = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
-    return mask.index_fill_(0, torch.topk(score.flatten(), k).indices, True).view(score.shape)
-
-
-def mask_triton(score: Tensor, k: int) -> Tensor:
-    mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
-    topk_mask_triton(score, k, mask)
-    return mask
-
-
-def mask_cuda(score: Tensor, k: int) -> Tensor:
-    module = topk_module(score)
-    assert module is not None, "expected NVRTC on this device"
-    mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
-    topk_mask_cuda(module, score, k, mask)
-    return mask
-
-
 STEPS: dict[str, Step] = {"eager": step_eager, "op": step_op}
-MASKS: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "kthvalue": topk_mask_reference,
-    "torch.topk": mask_topk,
-    "op": topk_mask,
-}
 if CUDA and HAS_TRITON:
     STEPS |= {"triton": selective_step_triton, "cuda c++": step_cuda}
-    MASKS |= {"triton": mask_triton, "cuda c++": mask_cuda}
 
 
 # -- checks ----------------------------------------------------------------------------------
@@ -158,55 +116,17 @@ def check_step(step: Step, side: int) -> None:
     assert error < 0.01, f"relative error {error:.2e}"  # the same places, one in 1e5 at most
 
 
-def check_mask(make: Callable[[Tensor, int], Tensor], score: Tensor, k: int) -> None:
-    mask = make(score, k)
-    assert int(mask.sum()) == k
-    assert score[mask].min() >= score[~mask].max()
-
-
-# -- timing ----------------------------------------------------------------------------------
-def copies(side: int, bytes_each: float) -> int:
-    if not CUDA:
-        return 1
-    l2_bytes = torch.cuda.get_device_properties(DEVICE).L2_cache_size
-    return copies_beyond_l2(int(side * side * bytes_each), l2_bytes)
-
-
-def times_ms(calls: dict[str, list[Callable[[], object]]]) -> dict[str, tuple[float, float]]:
-    """For each name: milliseconds of one call in a CUDA graph (NaN on the CPU), and launched."""
-    clock = device_ms if CUDA else wall_ms
-    runs: list[Callable[[], object]] = []
-    for own in calls.values():
-        runs.append(functools.partial(_all, own))
-        if CUDA:
-            runs.append(capture_calls(own).replay)
-    medians = [statistics.median(x) for x in interleaved_ms(tuple(runs), clock, BUDGET_S, REPEATS)]
-    per = 2 if CUDA else 1
-    return {
-        name: (
-            medians[per * i + 1] / len(own) if CUDA else float("nan"),
-            medians[per * i] / len(own),
-        )
-        for i, (name, own) in enumerate(calls.items())
-    }
-
-
-def _all(calls: list[Callable[[], object]]) -> None:
-    for call in calls:
-        call()
-
-
-def copy_bytes_per_ms() -> float:
-    """Bytes read and written by a large copy in a millisecond, the ceiling of the device."""
-    source = torch.randn(2**28 if CUDA else 2**24, device=DEVICE)
-    target = torch.empty_like(source)
-    clock = device_ms if CUDA else wall_ms
-    (samples,) = interleaved_ms((lambda: target.copy_(source),), clock, BUDGET_S, REPEATS)
-    return 2 * source.nbytes / min(samples)
+# -- groups ----------------------------------------------------------------------------------
+def build_step(side: int) -> dict[str, Entry]:
+    for step in STEPS.values():
+        check_step(step, side)
+    moved = FLOOR_BYTES * side * side
+    return {name: Entry(tuple(calls), moved) for name, calls in step_calls(side).items()}
 
 
 def step_calls(side: int) -> dict[str, list[Callable[[], object]]]:
-    sets = [make_places(side, seed) for seed in range(copies(side, 16))]
+    copies = harness.copies_of(side * side * 16)
+    sets = [make_places(side, seed) for seed in range(copies)]
     rule = make_rule(sets[0])
     return {
         name: [functools.partial(step, places, rule) for places in sets]
@@ -214,106 +134,59 @@ def step_calls(side: int) -> dict[str, list[Callable[[], object]]]:
     }
 
 
-def mask_calls(side: int) -> dict[str, list[Callable[[], object]]]:
-    scores = [make_places(side, seed).weight for seed in range(copies(side, 4))]
-    k = int((1 - SPARSITY) * side * side)
-    return {
-        name: [functools.partial(make, score, k) for score in scores]
-        for name, make in MASKS.items()
-    }
+def groups(*, smallest: bool = False) -> list[Group]:
+    """The groups of the suite; ``smallest``: one small size."""
+    return [
+        Group(
+            f"selective step, {side}x{side}",
+            tuple(STEPS),
+            ("eager",),
+            functools.partial(build_step, side),
+        )
+        for side in ((128,) if smallest else SIDES)
+    ]
 
 
-# -- pytest-benchmark ------------------------------------------------------------------------
-def run_benchmark(benchmark, calls: list[Callable[[], object]]) -> None:
-    """Time all calls, on CUDA in a graph."""
-    run = functools.partial(_all, calls)
-    if CUDA:
-        graph = capture_calls(calls)
-
-        def run() -> None:
-            graph.replay()
-            torch.cuda.synchronize()
-
-    benchmark(run)
-    benchmark.extra_info["calls"] = len(calls)
-
-
-@pytest.mark.parametrize("impl", STEPS)
-@pytest.mark.parametrize("side", SIDES)
-def test_selective_step(benchmark, side, impl):
-    benchmark.group = f"selective step {side}x{side}"
-    check_step(STEPS[impl], side)
-    run_benchmark(benchmark, step_calls(side)[impl])
-
-
-@pytest.mark.parametrize("impl", MASKS)
-@pytest.mark.parametrize("side", SIDES)
-def test_topk_mask(benchmark, side, impl):
-    benchmark.group = f"top-k mask {side}x{side}"
-    check_mask(MASKS[impl], make_places(side, 0).weight, int((1 - SPARSITY) * side * side))
-    run_benchmark(benchmark, mask_calls(side)[impl])
+@pytest.mark.parametrize(("group", "impl"), harness.each_impl(groups()), ids=harness.show)
+def test_selective_step(benchmark, group, impl):
+    harness.run_benchmark(benchmark, group, impl)
 
 
 # -- tables ----------------------------------------------------------------------------------
-def print_table() -> None:
-    where = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU"
-    rate = copy_bytes_per_ms()
-    print(f"{where}, torch {torch.__version__}, copy {rate / 1e9:.2f} TB/s, fp32")
-    rows = []
-    for side in SIDES:
-        for what, floor_bytes, calls in (
-            ("step", FLOOR_BYTES, step_calls(side)),
-            ("mask", MASK_FLOOR_BYTES, mask_calls(side)),
-        ):
-            for name in calls:
-                if what == "step":
-                    check_step(STEPS[name], side)
-                else:
-                    score = make_places(side, 0).weight
-                    check_mask(MASKS[name], score, int((1 - SPARSITY) * side * side))
-            floor = side * side * floor_bytes / rate
-            for name, (graph, call) in times_ms(calls).items():
-                best = graph if CUDA else call
-                rows.append([f"{what} {side}x{side}", name, graph, call, floor, best / floor])
-    head = ["", "implementation", "graph ms", "call ms", "floor ms", "of floor"]
-    print(tabulate(rows, headers=head, floatfmt=("", "", ".4f", ".4f", ".4f", ".2f")))
-
-
 def print_kernels() -> None:
     """Time of each kernel by the profiler, mean over calls."""
     for side in SIDES:
-        for what, calls in (("step", step_calls(side)), ("mask", mask_calls(side))):
-            for name in ("triton", "cuda c++"):
-                _all(calls[name])
+        calls = step_calls(side)
+        for name in ("triton", "cuda c++"):
+            run_all(calls[name])
+            torch.cuda.synchronize()
+            with torch.profiler.profile() as profile:
+                for _ in range(3):
+                    run_all(calls[name])
                 torch.cuda.synchronize()
-                with torch.profiler.profile() as profile:
-                    for _ in range(3):
-                        _all(calls[name])
-                    torch.cuda.synchronize()
-                total = 3 * len(calls[name])
-                spent = [
-                    (
-                        event.key.split("<")[0].split("(")[0][-28:],
-                        event.self_device_time_total / total,
-                    )
-                    for event in profile.key_averages()
-                    if event.device_type == torch.autograd.DeviceType.CUDA
-                ]
-                line = ", ".join(f"{key} {us:.1f}" for key, us in spent)
-                print(f"{what} {side} {name}, us a call: {line}")
+            total = 3 * len(calls[name])
+            spent = [
+                (event.key.split("<")[0].split("(")[0][-28:], event.self_device_time_total / total)
+                for event in profile.key_averages()
+                if event.device_type == torch.autograd.DeviceType.CUDA
+            ]
+            line = ", ".join(f"{key} {us:.1f}" for key, us in spent)
+            print(f"{side} {name}, us a call: {line}")
+
+
+def run_all(calls: list[Callable[[], object]]) -> None:
+    for call in calls:
+        call()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--table", action="store_true", help="print one table")
-    parser.add_argument("--kernels", action="store_true", help="print times of the kernels")
-    args = parser.parse_args()
-    if not (args.table or args.kernels):
-        parser.error("expected --table or --kernels")
-    if args.kernels:
+    if "--kernels" in sys.argv:
+        if not CUDA:
+            raise SystemExit("--kernels: expected an NVIDIA GPU, found none")
         print_kernels()
-    if args.table:
-        print_table()
+        return
+    title = "Selective step, 70 % pruned, fp32"
+    table_main(__doc__.splitlines()[0], title, groups, f"{COMMAND} --table")
 
 
 if __name__ == "__main__":

@@ -1,266 +1,350 @@
 """Sparse against dense linear layer at decode batch sizes.
 
     python -m pytest benchmarks/bench_sparse_linear.py       # one group a shape, batch and sparsity
-    python -m benchmarks.bench_sparse_linear --table         # speed-up over the best dense product
-    python -m benchmarks.bench_sparse_linear --tune          # Triton tile sizes (CUDA)
+    python -m benchmarks.bench_sparse_linear --table         # the kernels over the best dense one
+    python -m benchmarks.bench_sparse_linear --table --json FOLDER
 
-On CUDA: bf16, the time on the device in a CUDA graph over copies of the weight that together are
-twice L2. On the CPU: fp32, the time of a call. Every result is checked before it is timed.
+``--table`` gives three tables on CUDA: speed-up over the best of cuBLAS and cuBLASLt in both
+layouts, bytes a second with their share of the limit, and each regime. The limit is a bitmap and
+the kept values, ``itemsize * (1 - s) + 1/8`` bytes a weight, at the rate at which this device reads
+memory. bf16 on CUDA, fp32 on the CPU; every result is checked before it is timed.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import itertools
-import math
-import platform
-import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import Tensor
 
+from benchmarks import harness
+from benchmarks.ceilings import Ceilings, ceilings
+from benchmarks.harness import CUDA, LINEAR_DTYPE, DenseCopies, Entry, Group, Timing
+from benchmarks.results import Result
 from benchmarks.shapes import CPU_SHAPES, CUDA_SHAPES, SHAPES
-from resu_compile.kernels.sparse_linear import (
-    ALL_BUCKETS,
-    CsrWeight,
-    LaunchConfig,
-    csr_pack,
-    launch_config,
-    next_power_of_2,
-    sparse_linear,
-    sparse_linear_triton,
-)
-from resu_compile.runtime.stopwatch import (
-    capture_calls,
-    copies_beyond_l2,
-    device_ms,
-    interleaved_ms,
-    wall_ms,
-)
+from resu_compile.kernels.packed_linear import format_of
+from resu_compile.kernels.plan import Kernel
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
-DTYPE = torch.bfloat16 if CUDA else torch.float32
+COMMAND = "python -m benchmarks.bench_sparse_linear --table"
+
 NAMES = CUDA_SHAPES if CUDA else CPU_SHAPES
+TABLE_NAMES = CUDA_SHAPES if CUDA else ("gpt2 mlp.c_fc", "llama3-8b q_proj")
 ROWS = (1, 2, 4, 8, 16, 32, 64) if CUDA else (1, 4, 16, 64)
 SPARSITIES = (0.5, 0.7, 0.9, 0.95) if CUDA else (0.5, 0.7, 0.9)
-IMPLS = ("dense", "sparse")
-# relative error of the whole result in the 2-norm: half a unit in the last place, and a little for
-# the order of the sum (bf16 2**-9 + ..., fp32 K terms in another order)
-MAX_ERROR = 2**-8 if CUDA else 1e-5
+GROUP_ROWS = (1, 4, 16, 64) if CUDA else (1, 16)
+GROUP_SPARSITIES = (0.5, 0.7, 0.9) if CUDA else (0.7, 0.9)
 
-Call = Callable[[], Tensor]
-Group = tuple[Callable[[], object], int]
-
-
-def make_weight(name: str, sparsity: float) -> Tensor:
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    weight = torch.randn(SHAPES[name], generator=generator, device=DEVICE)
-    kept = torch.rand(SHAPES[name], generator=generator, device=DEVICE) >= sparsity
-    return weight.mul_(kept).to(DTYPE)
+# kernel -> the most rows of x that it is timed at, and the letter that stands for it in a table
+KERNELS = {Kernel.ROWS: 8, Kernel.TILES: 64} if CUDA else {Kernel.CSR: 512}
+LETTERS = {Kernel.ROWS: "R", Kernel.TILES: "T", Kernel.CSR: "C"}
+UNPACKED = Kernel.TILES if CUDA else Kernel.CSR  # the format that "unpack" expands
+UNPACK_ROWS = (64, 256) if CUDA else ()
+SEMI_ROWS = (1, 16, 64, 256)
 
 
-def make_x(name: str, rows: int) -> Tensor:
-    generator = torch.Generator(DEVICE).manual_seed(1)
-    x = torch.randn(rows, SHAPES[name][1], generator=generator, device=DEVICE)
-    return x.to(DTYPE)
+# -- one kernel ------------------------------------------------------------------------------
+def packed_bytes(packed: Any) -> int:
+    return int(packed.size_bytes)
 
 
-def run_sparse(x: Tensor, weight: Tensor, csr: CsrWeight) -> Tensor:
-    return sparse_linear(x, weight, csr.ptr, csr.col, csr.val, None, ALL_BUCKETS)
-
-
-def check(y: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Raise unless ``y`` is the product, by float64."""
-    expected = x.double() @ weight.double().t()
-    error = ((y.double() - expected).norm() / expected.norm()).item()
-    assert error < MAX_ERROR, f"relative error {error:.1e}"
-
-
-def rotating(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-    """Copies of the tensors that together are beyond L2; one on the CPU."""
-    if not CUDA:
-        return [tensors]
-    l2_bytes = torch.cuda.get_device_properties(DEVICE).L2_cache_size
-    size_bytes = sum(t.nbytes for t in tensors)
+def copies_of_packed(kernel: Kernel, packed: Any) -> list[Any]:
+    """Copies of a packed weight that together are beyond L2."""
+    form = format_of(kernel)
     return [
-        tuple(t.clone() for t in tensors) for _ in range(copies_beyond_l2(size_bytes, l2_bytes))
+        form.from_tensors(tensors, packed.layout, packed.shape)
+        for tensors in harness.rotating(packed.tensors())
     ]
 
 
-def times_ms(groups: list[Group]) -> list[float]:
-    """Milliseconds of one call of each group, all groups in turns.
-
-    The median on CUDA, the fastest on the CPU (see ``resu_compile.runtime.measure``).
-    """
-    calls = tuple(run for run, _ in groups)
-    if CUDA:
-        samples = interleaved_ms(calls, device_ms, math.inf, 9)
-        times = [statistics.median(own) for own in samples]
-    else:
-        times = [min(own) for own in interleaved_ms(calls, wall_ms, 0.1 * len(calls), 100)]
-    return [elapsed_ms / count for elapsed_ms, (_, count) in zip(times, groups, strict=True)]
+def run_kernel(kernel: Kernel, x: Tensor, packed: Any) -> Tensor:
+    return format_of(kernel).linear(x, packed, None, "none")
 
 
-def group_of(calls: list[Call]) -> Group:
-    """What runs ``calls``, and how many they are: a CUDA graph of all, or the one call."""
-    return (capture_calls(calls).replay, len(calls)) if CUDA else (calls[0], 1)
+def run_unpack(x: Tensor, packed: Any) -> Tensor:
+    return F.linear(x, format_of(UNPACKED).unpack(packed))
 
 
-# -- pytest-benchmark ------------------------------------------------------------------------
+def kernel_entry(kernel: Kernel, x: Tensor, weight: Tensor, copies: Sequence[Any]) -> Entry:
+    """The product by one kernel, checked."""
+    calls = tuple(functools.partial(run_kernel, kernel, x, packed) for packed in copies)
+    harness.check_product(calls[-1](), x, weight, f"{kernel.name} {tuple(weight.shape)}")
+    flop = 2.0 * x.shape[0] * int(weight.count_nonzero())
+    return Entry(calls, packed_bytes(copies[0]), flop)
+
+
+# -- groups ----------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=1)
-def packed(name: str, sparsity: float) -> tuple[Tensor, CsrWeight]:
-    weight = make_weight(name, sparsity)
-    return weight, csr_pack(weight)
+def dense_copies(name: str) -> DenseCopies:
+    return DenseCopies.of(harness.make_weight(SHAPES[name], 0.0))
+
+
+@functools.lru_cache(maxsize=1)
+def packed_copies(name: str, sparsity: float) -> tuple[Tensor, dict[Kernel, list[Any]]]:
+    weight = harness.make_weight(SHAPES[name], sparsity)
+    return weight, {k: copies_of_packed(k, format_of(k).pack(weight, None)) for k in KERNELS}
+
+
+def build_linear(name: str, sparsity: float, rows: int, impls: Sequence[str]) -> dict[str, Entry]:
+    weight, packed = packed_copies(name, sparsity)
+    x = harness.make_x(rows, weight.shape[1])
+    entries = harness.dense_entries(x, dense_copies(name))
+    for kernel in KERNELS:
+        if kernel.name.lower() in impls:
+            entries[kernel.name.lower()] = kernel_entry(kernel, x, weight, packed[kernel])
+    if "unpack" in impls:
+        calls = tuple(functools.partial(run_unpack, x, own) for own in packed[UNPACKED])
+        harness.check_product(calls[-1](), x, weight, "unpack")
+        entries["unpack"] = Entry(calls)
+    return entries
+
+
+def linear_group(name: str, sparsity: float, rows: int) -> Group:
+    kernels = [kernel.name.lower() for kernel, most in KERNELS.items() if rows <= most]
+    unpack = ["unpack"] if rows in UNPACK_ROWS else []
+    dense = harness.dense_impls()
+    impls = (*dense, *kernels, *unpack)
+    build = functools.partial(build_linear, name, sparsity, rows, impls)
+    return Group(f"sparse linear, {name}, {sparsity:.0%}, M={rows}", impls, dense, build)
+
+
+def make_semi_weight(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """A weight that keeps the first two of each four, in an order drawn for each."""
+    weight = harness.make_weight(shape, 0.0, dtype)
+    order = torch.rand(shape, generator=harness.generator(2), device=weight.device)
+    ranks = order.view(-1, 4).argsort(dim=1).argsort(dim=1).view(shape)
+    return torch.where(ranks < 2, weight, 0.0)
+
+
+def build_semi(name: str, rows: int, dtype: torch.dtype) -> dict[str, Entry]:
+    weight = make_semi_weight(SHAPES[name], dtype)
+    x = harness.make_x(rows, weight.shape[1], dtype)
+    packed = format_of(Kernel.SEMI).pack(weight, weight != 0)
+    entry = kernel_entry(Kernel.SEMI, x, weight, copies_of_packed(Kernel.SEMI, packed))
+    return {**harness.dense_entries(x, DenseCopies.of(weight)), "semi": entry}
+
+
+def semi_group(name: str, rows: int, dtype: torch.dtype) -> Group:
+    dense = harness.dense_impls()
+    short = str(dtype).removeprefix("torch.")
+    build = functools.partial(build_semi, name, rows, dtype)
+    return Group(f"2:4 linear, {name}, {short}, M={rows}", (*dense, "semi"), dense, build)
+
+
+def groups(*, smallest: bool = False) -> list[Group]:
+    """The groups of the suite; ``smallest``: one small weight."""
+    if smallest:
+        return [linear_group("gpt2 attn.c_proj", 0.9, 4)]
+    found = [
+        linear_group(name, sparsity, rows)
+        for name in NAMES
+        for sparsity in GROUP_SPARSITIES
+        for rows in (*GROUP_ROWS, *(r for r in UNPACK_ROWS if r not in GROUP_ROWS))
+    ]
+    if CUDA:
+        found += [
+            semi_group("llama3-8b gate_proj", rows, dtype)
+            for dtype in (torch.float16, torch.bfloat16)
+            for rows in SEMI_ROWS
+        ]
+    return found
 
 
 @pytest.mark.benchmark(max_time=0.1, min_rounds=5, warmup=True, warmup_iterations=3)
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("rows", ROWS, ids=lambda m: f"M{m}")
-@pytest.mark.parametrize("sparsity", SPARSITIES, ids=lambda s: f"s{s:.0%}")
-@pytest.mark.parametrize("name", NAMES)
-def test_sparse_linear(benchmark, name, sparsity, rows, impl):
-    benchmark.group = f"sparse_linear {name} M{rows} s{sparsity:.0%}"
-    weight, csr = packed(name, sparsity)
-    x = make_x(name, rows)
-    calls: list[Call]
-    if impl == "dense":
-        calls = [functools.partial(F.linear, x, *w) for w in rotating((weight,))]
-        moved_bytes = weight.nbytes
-    else:
-        copies = rotating((csr.ptr, csr.col, csr.val))
-        calls = [functools.partial(run_sparse, x, weight, CsrWeight(*c)) for c in copies]
-        moved_bytes = csr.size_bytes
-    check(calls[-1](), x, weight)
-    if CUDA:
-        graph = capture_calls(calls)
-
-        def run() -> None:
-            graph.replay()
-            torch.cuda.synchronize()
-    else:
-        run = calls[0]
-    benchmark(run)
-    seconds = benchmark.stats.stats.median / len(calls)
-    benchmark.extra_info["us per product"] = seconds * 1e6
-    benchmark.extra_info["weight GB/s"] = moved_bytes / seconds / 1e9
+@pytest.mark.parametrize(("group", "impl"), harness.each_impl(groups()), ids=harness.show)
+def test_sparse_linear(benchmark, group, impl):
+    harness.run_benchmark(benchmark, group, impl)
 
 
-# -- one table -------------------------------------------------------------------------------
-def dense_groups(x: Tensor, copies: list[list[Tensor]]) -> list[Group]:
-    """The dense product by cuBLAS and by cuBLASLt, for each way the weight is stored."""
-    calls = [[functools.partial(F.linear, x, w) for w in weights] for weights in copies]
-    if not CUDA:
-        return [group_of(own) for own in calls]
-    preferred = torch.backends.cuda.preferred_blas_library()
-    groups = []
-    for library in ("cublas", "cublaslt"):
-        torch.backends.cuda.preferred_blas_library(library)
-        groups += [group_of(own) for own in calls]
-    torch.backends.cuda.preferred_blas_library(preferred)
-    return groups
+# -- tables ----------------------------------------------------------------------------------
+def limit_bytes(shape: tuple[int, int], sparsity: float) -> float:
+    """Bytes of a bitmap and the kept values of a weight."""
+    return shape[0] * shape[1] * (LINEAR_DTYPE.itemsize * (1 - sparsity) + 1 / 8)
 
 
-def table_rows(name: str) -> Iterator[list[object]]:
-    dense = make_weight(name, 0.0)
-    dense_copies = [[w for (w,) in rotating((dense,))]]  # (N, K) in memory
-    if CUDA:  # and (K, N); on the CPU it makes no difference
-        dense_copies.append([w.t() for (w,) in rotating((dense.t().contiguous(),))])
-    pruned = [make_weight(name, sparsity) for sparsity in SPARSITIES]
-    packs = [csr_pack(weight) for weight in pruned]
-    copies = [[CsrWeight(*c) for c in rotating((csr.ptr, csr.col, csr.val))] for csr in packs]
-    dense_us, speedups = [], []
-    for rows in ROWS:
-        x = make_x(name, rows)
-        groups = dense_groups(x, dense_copies)
-        candidates = len(groups)
-        for weight, csrs in zip(pruned, copies, strict=True):
-            check(run_sparse(x, weight, csrs[-1]), x, weight)
-            groups.append(group_of([functools.partial(run_sparse, x, weight, c) for c in csrs]))
-        times = times_ms(groups)
-        best = min(times[:candidates])
-        dense_us.append(f"{best * 1e3:.1f}")
-        speedups.append([f"{best / elapsed_ms:.2f}x" for elapsed_ms in times[candidates:]])
-    out_features, in_features = SHAPES[name]
-    yield [f"{name} {out_features}x{in_features}", "dense, us", DTYPE.itemsize, *dense_us]
-    for i, (sparsity, csr) in enumerate(zip(SPARSITIES, packs, strict=True)):
-        bytes_per_weight = f"{csr.size_bytes / dense.numel():.2f}"
-        yield ["", f"{sparsity:.0%}", bytes_per_weight, *(column[i] for column in speedups)]
+def cell_records(
+    name: str, sparsity: float, rows: int, timings: dict[str, Timing], sizes: dict[str, int]
+) -> Iterator[dict[str, object]]:
+    """One record for the best dense product (sparsity 0) or for each kernel."""
+    dense = {impl: timings[impl].ms for impl in harness.dense_impls()}
+    best = min(dense, key=dense.__getitem__)
+    shape = SHAPES[name]
+    common = {"name": name, "N": shape[0], "K": shape[1], "M": rows}
+    if sparsity == 0:
+        moved = shape[0] * shape[1] * LINEAR_DTYPE.itemsize
+        yield {
+            **common,
+            "sparsity": 0.0,
+            "kernel": best,
+            "us": dense[best] * 1e3,
+            "bytes": moved,
+            "speedup": 1.0,
+        }
+        return
+    for impl, own in timings.items():
+        if impl not in dense:
+            yield {
+                **common,
+                "sparsity": sparsity,
+                "kernel": impl,
+                "us": own.ms * 1e3,
+                "bytes": sizes[impl],
+                "speedup": dense[best] / own.ms,
+            }
 
 
-def print_table() -> None:
-    started = time.perf_counter()
-    rows = [row for name in NAMES for row in table_rows(name)]
-    print(f"speed-up of sparse_linear over the best dense product, {describe_device()}")
-    print(tabulate(rows, headers=["weight", "sparsity", "B/weight", *(f"M={m}" for m in ROWS)]))
-    print(f"took {time.perf_counter() - started:.0f} s")
+def measure_cells(names: Sequence[str], sparsities: Sequence[float]) -> list[dict[str, object]]:
+    """Times of every cell: at each shape and M, all kernels and sparsities in turns with dense."""
+    records: list[dict[str, object]] = []
+    for name in names:
+        began = time.perf_counter()
+        copies = DenseCopies.of(harness.make_weight(SHAPES[name], 0.0))
+        weights = {s: harness.make_weight(SHAPES[name], s) for s in sparsities}
+        packed = {
+            (s, k): copies_of_packed(k, format_of(k).pack(weight, None))
+            for s, weight in weights.items()
+            for k in KERNELS
+        }
+        for rows in ROWS:
+            x = harness.make_x(rows, SHAPES[name][1])
+            entries = harness.dense_entries(x, copies)
+            for (s, k), own in packed.items():
+                if rows <= KERNELS[k]:
+                    entries[f"{k.name.lower()} {s}"] = kernel_entry(k, x, weights[s], own)
+            timings = harness.measure(
+                Group("cells", tuple(entries), harness.dense_impls(), lambda e=entries: e)
+            )
+            for s in (0.0, *sparsities):
+                kernels = {k.name.lower(): f"{k.name.lower()} {s}" for k in KERNELS}
+                kernels = {short: full for short, full in kernels.items() if full in timings}
+                here = {impl: timings[impl] for impl in harness.dense_impls()}
+                here |= {short: timings[full] for short, full in kernels.items()}
+                sizes = {short: int(entries[full].moved_bytes) for short, full in kernels.items()}
+                records += cell_records(name, s, rows, here, sizes)
+        harness.say(f"{name}: {time.perf_counter() - began:.1f} s")
+    return records
 
 
-def describe_device() -> str:
-    if CUDA:
-        where = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"
-    else:
-        where = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return f"{where}, {str(DTYPE).removeprefix('torch.')}, torch {torch.__version__}"
+def add_shares(records: Sequence[dict[str, object]], found: Ceilings) -> None:
+    """Bytes a second, and the share of the limit that the time is, in each record."""
+    for record in records:
+        seconds = float(record["us"]) / 1e6
+        shape, sparsity = (record["N"], record["K"]), float(record["sparsity"])
+        least = limit_bytes(shape, sparsity) if sparsity else float(record["bytes"])
+        record["bytes_per_s"] = record["bytes"] / seconds
+        record["limit_share"] = least / found.read / seconds
+        kept = shape[0] * shape[1] * (1 - sparsity)
+        record["flop_per_s"] = 2.0 * record["M"] * kept / seconds
 
 
-# -- tile sizes ------------------------------------------------------------------------------
-def candidates(rows: int) -> Iterator[LaunchConfig]:
-    block_m = min(next_power_of_2(rows), 32)
-    vector_choices = (True, False) if rows > 1 else (True,)
-    for block_e, num_warps, vector_loads in itertools.product(
-        (32, 64, 128, 256, 512, 1024), (1, 2, 4), vector_choices
-    ):
-        if 8 <= block_e * block_m // (32 * num_warps) <= 32:
-            yield LaunchConfig(block_e, block_m, num_warps, vector_loads)
+def best_records(records: Sequence[dict[str, object]]) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """(name, sparsity, M) -> record of the fastest kernel."""
+    best: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for record in records:
+        key = (record["name"], record["sparsity"], record["M"])
+        if key not in best or record["us"] < best[key]["us"]:
+            best[key] = record
+    return best
 
 
-def print_tuning() -> None:
-    """Time of ``launch_config``'s choice and of the three best tile sizes, at 70 %."""
-    if not CUDA:
-        raise SystemExit("--tune: expected an NVIDIA GPU, found none")
-    table = []
-    for name, rows in itertools.product(NAMES[:3], (1, 4, 8, 16)):
-        weight, x = make_weight(name, 0.7), make_x(name, rows)
-        csr = csr_pack(weight)
-        copies = rotating((csr.ptr, csr.col, csr.val))
-        default = launch_config(rows, csr.val.numel(), weight.shape[0])
-        configs = list({default, *candidates(rows)})
-        groups = []
-        for config in configs:
-            calls = [
-                functools.partial(sparse_linear_triton, x, *c, None, config=config) for c in copies
-            ]
-            check(calls[0](), x, weight)
-            groups.append(group_of(calls))
-        us = dict(zip(configs, (t * 1e3 for t in times_ms(groups)), strict=True))
-        best = sorted(us, key=us.__getitem__)[:3]
-        table.append([name, rows, *(f"{us[c]:.1f} us {short(c)}" for c in (default, *best))])
-    print(tabulate(table, headers=["weight", "M", "default", "best", "second", "third"]))
+def tables(records: Sequence[dict[str, object]], found: Ceilings, command: str) -> list[Result]:
+    """The tables of the speed-ups, of the bytes, and of the regimes."""
+    best = best_records(records)
+    batch = list(dict.fromkeys(record["M"] for record in records))
+    speed_rows, byte_rows = [], []
+    for name in dict.fromkeys(record["name"] for record in records):
+        shape = "x".join(map(str, SHAPES[name]))
+        for s in sorted({record["sparsity"] for record in records}):
+            cells = [best[name, s, m] for m in batch]
+            numel = cells[0]["N"] * cells[0]["K"]
+            label = f"{name} {shape}" if not s else ""
+            if not s:
+                speed_rows.append([label, "dense, us", *(f"{c['us']:.1f}" for c in cells)])
+            else:
+                speed = [f"{c['speedup']:.2f}x {letter(c)}" for c in cells]
+                speed_rows.append(["", f"{s:.0%}", *speed])
+            sizes = dict.fromkeys(f"{c['bytes'] / numel:.2f} {letter(c)}".strip() for c in cells)
+            rate = [f"{c['bytes_per_s'] / 1e12:.2f} ({c['limit_share']:.0%})" for c in cells]
+            byte_rows.append([label, f"{s:.0%}" if s else "dense", ", ".join(sizes), *rate])
+    heads = [f"M={m}" for m in batch]
+    dtype = str(LINEAR_DTYPE).removeprefix("torch.")
+    legend = ", ".join(f"{LETTERS[k]} = {k.name}" for k in KERNELS)
+    read = f"{found.read / 1e12:.2f} TB/s"
+    speed = Result(
+        f"Speed-up of the best sparse kernel over the best dense product, {dtype} ({legend})",
+        command,
+        ["weight", "pruned", *heads],
+        speed_rows,
+        [*records, {"ceilings": asdict(found)}],
+    )
+    moved = Result(
+        f"TB/s of stored weight, and in brackets the share of the limit by bytes at {read}",
+        command,
+        ["weight", "pruned", "bytes a weight", *heads],
+        byte_rows,
+    )
+    return [speed, moved, regimes(best, command)] if CUDA else [speed]
 
 
-def short(config: LaunchConfig) -> str:
-    vector = "v" if config.vector_loads else ""
-    return f"e{config.block_e} m{config.block_m} w{config.num_warps}{vector}"
+REGIMES = {"M = 1-4": (1, 2, 4), "M = 8-16": (8, 16), "M = 32-64": (32, 64)}
+
+
+def regimes(best: dict[tuple[Any, ...], dict[str, Any]], command: str) -> Result:
+    """Smallest, median and largest speed-up over shapes in each range of batch sizes."""
+    sparsities = sorted({s for _, s, _ in best if s})
+    rows = []
+    for label, batch in REGIMES.items():
+        row: list[object] = [label]
+        for s in sparsities:
+            speed = sorted(
+                c["speedup"] for (_, own, m), c in best.items() if own == s and m in batch
+            )
+            if speed:
+                row.append(f"{speed[0]:.2f} / {speed[len(speed) // 2]:.2f} / {speed[-1]:.2f}")
+            else:
+                row.append("")
+        rows.append(row)
+    title = "Speed-up over the best dense product: smallest / median / largest of the shapes"
+    return Result(title, command, ["batch", *(f"{s:.0%}" for s in sparsities)], rows)
+
+
+def letter(cell: dict[str, Any]) -> str:
+    return {k.name.lower(): v for k, v in LETTERS.items()}.get(cell["kernel"], "")
+
+
+FILES = ("sparse_linear.json", "sparse_linear_bytes.json", "sparse_linear_regimes.json")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--table", action="store_true", help="print one table of speed-ups")
-    parser.add_argument("--tune", action="store_true", help="print times of Triton tile sizes")
-    arguments = parser.parse_args()
-    if not (arguments.table or arguments.tune):
-        parser.error("expected --table or --tune")
-    if arguments.table:
-        print_table()
-    if arguments.tune:
-        print_tuning()
+    parser.add_argument("--table", action="store_true", help="print the tables")
+    parser.add_argument("--json", metavar="FOLDER", help="write the tables there as well")
+    parser.add_argument("-k", default="", metavar="TEXT", help="only weights that hold TEXT")
+    args = parser.parse_args()
+    if not args.table:
+        parser.error("expected --table")
+    names = [name for name in TABLE_NAMES if args.k in name]
+    if not names:
+        parser.error(f"-k {args.k!r}: expected part of one of {TABLE_NAMES}")
+    began = time.perf_counter()
+    with harness.one_thread():
+        found = ceilings()
+        records = measure_cells(names, SPARSITIES)
+    add_shares(records, found)
+    results = tables(records, found, COMMAND)
+    for result in results:
+        print(result.text(), end="\n\n")
+    if args.json:
+        for file, result in zip(FILES, results, strict=False):
+            result.save(Path(args.json) / file)
+    print(f"took {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import copy
 import functools
 import gc
 import math
-import platform
 import random
 import statistics
 import time
@@ -29,14 +28,15 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import Tensor, nn
 
 import resu_compile as resu
+from benchmarks import harness
+from benchmarks.harness import CUDA, DEVICE, Entry, Group
+from benchmarks.results import Result
 from resu_compile.errors import NotSparsifiedError
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
+COMMAND = "python -m benchmarks.bench_train_step"
 SPARSITY = 0.7
 FROZEN = {"lr": 1e-3, "freeze_active": True}
 RESURRECTIONS = {
@@ -48,6 +48,7 @@ RESURRECTIONS = {
     "resu selective, resu.optim": {"lr": 1e-3, "rule": "selective"},
     "resu selective frozen, resu.optim": {**FROZEN, "rule": "selective"},
 }
+GROUP_IMPLS = ("dense", "sparse", "resu", "resu adam, resu.optim")
 IMPLS = ("dense", "sparse", "sparse packed, resu.optim", *RESURRECTIONS)
 
 
@@ -76,6 +77,7 @@ SIZES = (
     if CUDA
     else (Size("GPT 0.9M, 4x64 tokens", 4, 128, 4, 512, 4, 64, repeats=10, steps=4),)
 )
+SMALLEST = Size("GPT, 1 layer of 32", 1, 32, 2, 64, 2, 16, repeats=3, steps=1)
 
 
 # -- the model -------------------------------------------------------------------------------
@@ -167,19 +169,37 @@ def milliseconds(step: Callable[[], Tensor], count: int) -> float:
     return (time.perf_counter() - started) / count * 1e3
 
 
-# -- pytest-benchmark ------------------------------------------------------------------------
+# -- groups ----------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=1)
 def started(size: Size) -> nn.Module:
     torch.manual_seed(0)
     return Gpt(size).to(DEVICE)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: size.name)
-def test_train_step(benchmark, size, impl):
-    benchmark.group = f"training step, {size.name}"
-    step, _, _ = step_of(size, impl, started(size))
-    benchmark.pedantic(milliseconds, (step, 1), rounds=size.repeats, warmup_rounds=1)
+def build_steps(size: Size, impls: tuple[str, ...]) -> dict[str, Entry]:
+    start = started(size)
+    return {impl: Entry((step_of(size, impl, start)[0],)) for impl in impls}
+
+
+def groups(*, smallest: bool = False) -> list[Group]:
+    """The groups of the suite; ``smallest``: one tiny model, dense and sparse."""
+    sizes = (SMALLEST,) if smallest else SIZES[:1]
+    impls = GROUP_IMPLS[:2] if smallest else GROUP_IMPLS
+    return [
+        Group(
+            f"training step, {size.name}",
+            impls,
+            ("dense",),
+            functools.partial(build_steps, size, impls),
+            graph=False,
+        )
+        for size in sizes
+    ]
+
+
+@pytest.mark.parametrize(("group", "impl"), harness.each_impl(groups()), ids=harness.show)
+def test_train_step(benchmark, group, impl):
+    harness.run_benchmark(benchmark, group, impl)
 
 
 # -- one table -------------------------------------------------------------------------------
@@ -228,7 +248,7 @@ def table_rows(size: Size) -> list[list[object]]:
     rows: list[list[object]] = []
     for impl in IMPLS:
         spread = (max(samples[impl]) - min(samples[impl])) / best[impl]
-        row = [size.name if impl == "dense" else "", impl, best[impl]]
+        row = [size.name if impl == "dense" else "", impl, f"{best[impl]:.2f}"]
         row += [f"{best[impl] / best['dense']:.3f}", f"{spread:.1%}"]
         row += [f"{memory[impl]:.2f}" if CUDA else None]
         row += [f"{moments[impl] / moments['dense']:.2f}", f"{seconds[impl]:.0f}"]
@@ -236,31 +256,31 @@ def table_rows(size: Size) -> list[list[object]]:
     return rows
 
 
-def print_table() -> None:
-    began = time.perf_counter()
-    threads = torch.get_num_threads()
-    if not CUDA:
-        torch.set_num_threads(1)  # waiting for a thread that another program keeps busy is no step
-    rows = []
-    for size in SIZES:
-        rows += table_rows(size)
-        started.cache_clear()
-        torch._dynamo.reset()
-        gc.collect()
-    torch.set_num_threads(threads)
-    where = torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU, 1 thread"
-    print(f"training steps, {where}, torch {torch.__version__}, sparsity {SPARSITY:.0%}")
+def make_table() -> Result:
+    rows: list[list[object]] = []
+    with harness.one_thread():
+        for size in SIZES:
+            rows += table_rows(size)
+            started.cache_clear()
+            torch._dynamo.reset()
+            gc.collect()
     head = ["model", "step", "ms", "of dense", "spread", "peak GiB", "state", "to compile, s"]
-    print(tabulate(rows, headers=head, floatfmt=".2f", disable_numparse=[3, 4, 5, 6, 7]))
-    print(f"took {time.perf_counter() - began:.0f} s")
+    return Result(f"Training steps, {SPARSITY:.0%} pruned", f"{COMMAND} --table", head, rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", action="store_true", help="print one table")
-    if not parser.parse_args().table:
+    parser.add_argument("--json", metavar="PATH", help="write the table there as well")
+    args = parser.parse_args()
+    if not args.table:
         parser.error("expected --table")
-    print_table()
+    began = time.perf_counter()
+    result = make_table()
+    print(result.text())
+    if args.json:
+        result.save(args.json)
+    print(f"took {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":
