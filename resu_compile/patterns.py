@@ -47,6 +47,44 @@ def layout_of(weight: NamedWeight) -> RowLayout:
     )
 
 
+def committed_layout(weight: NamedWeight, mask: Tensor, pattern: Pattern) -> RowLayout:
+    """The layout in which ``mask`` has the pattern: the layer's, or the only one that fits.
+
+    Args:
+        weight: the weight, pruned by ``pattern``.
+        mask: bool, shape of the weight, True = active.
+        pattern: N:M.
+
+    Raises:
+        ArgumentError: the owner does not tell which dimension is the input, nor does the mask.
+    """
+    try:
+        layout = layout_of(weight)
+    except ArgumentError as error:
+        shape = tuple(weight.parameter.shape)
+        fitting = [
+            layout
+            for layout in (RowLayout(shape, (dim,)) for dim in range(len(shape)))
+            if _has_pattern(mask, layout, pattern)
+        ]
+        if len(fitting) != 1:
+            raise ArgumentError(
+                f"strategy: expected 'reprune' for {weight.name} of shape {shape} under "
+                f"pattern='{pattern}', because neither its layer nor its mask tells which "
+                "dimension is its input"
+            ) from error
+        return fitting[0]
+    check_divisible(weight.name, layout, pattern)
+    return layout
+
+
+def _has_pattern(mask: Tensor, layout: RowLayout, pattern: Pattern) -> bool:
+    if layout.group_length % pattern.group:
+        return False
+    groups = layout.to_rows(mask).reshape(-1, pattern.group)
+    return bool((groups.sum(-1) == pattern.keep).all())
+
+
 def pattern_masks(
     weights: Sequence[NamedWeight],
     scores: Mapping[str, Tensor],

@@ -161,17 +161,6 @@ def test_a_state_from_before_there_were_patterns_has_none():
     assert (other.config.pattern, other.config.sparsity) == (None, 0.6)
 
 
-@pytest.mark.parametrize("strategy", ["amnesty", "merge"])
-def test_a_resurrection_that_would_break_the_pattern_does_not_begin(strategy):
-    _, controller = sparse()
-    with (
-        pytest.raises(ArgumentError, match="^strategy: expected 'reprune' under pattern='2:4'"),
-        controller.resurrect(strategy=strategy),
-    ):
-        pass
-    assert controller.phase is resu.Phase.SPARSE
-
-
 def test_reprune_is_a_tournament_inside_each_group():
     model, controller = sparse()
     before = controller.masks
@@ -189,10 +178,6 @@ def test_reprune_is_a_tournament_inside_each_group():
             ranked.masked_fill(~kept, torch.inf).min(1).values
             >= ranked.masked_fill(kept, -1.0).max(1).values
         ).all()
-    controller.resurrect(strategy="reprune").__enter__()
-    with pytest.raises(ArgumentError, match="^strategy"):
-        controller.commit(strategy="amnesty")
-    assert controller.phase is resu.Phase.RESU
 
 
 def test_wanda_through_reprune_needs_its_data():

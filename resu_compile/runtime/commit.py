@@ -3,20 +3,27 @@
 amnesty   a tournament inside each weight (runtime/tournament.py), with the weight's own count
 reprune   all places compete by the pruning method
 merge     all places stay
+
+Under an N:M pattern all of them keep it: amnesty is a tournament of exchanges inside the groups
+(runtime/group_tournament.py), and merge, which cannot keep all, keeps the N best of each group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from resu_compile.comparison import RowLayout, parse_pattern
 from resu_compile.config import ResurrectionConfig, SparsityConfig
 from resu_compile.errors import ArgumentError
+from resu_compile.patterns import committed_layout
 from resu_compile.runtime.allocation import fixed_counts, new_masks
 from resu_compile.runtime.gradient_score import LastGradients
+from resu_compile.runtime.group_tournament import pattern_tournament
 from resu_compile.runtime.tournament import amnesty_mask, ceiling_mask
 
 if TYPE_CHECKING:
@@ -45,10 +52,11 @@ def commit_masks(
 
     Raises:
         ArgumentError: a score is missing, of another shape, or NaN or infinite; data are missing or
-            not needed; or the strategy cannot keep the pattern of the masks.
+            not needed; or a weight does not tell how the pattern of the masks lies in it.
     """
     weights = controller.weights
-    check_pattern_kept(controller.config, terms.strategy)
+    if terms.strategy != "reprune" and controller.config.pattern is not None:
+        return _pattern_masks(controller, terms, calibration)
     if terms.strategy == "merge":
         if calibration is not None:
             raise ArgumentError("calibration: expected None with strategy='merge', which keeps all")
@@ -80,14 +88,52 @@ def commit_masks(
     return masks
 
 
-def check_pattern_kept(config: SparsityConfig, strategy: str) -> None:
-    """Raise an ``ArgumentError`` for a strategy whose masks would break an N:M pattern."""
-    if config.pattern is not None and strategy != "reprune":
-        raise ArgumentError(
-            f"strategy: expected 'reprune' under pattern={config.pattern!r}, which lets active and "
-            f"resurrected compete inside each group, got {strategy!r}, which does not keep the "
-            "pattern; prune(sparsity, pattern=None) gives it up"
+def _pattern_masks(
+    controller: Controller, terms: ResurrectionConfig, calibration: Any
+) -> dict[str, Tensor]:
+    """Masks of ``"amnesty"`` and ``"merge"`` that keep the pattern of the present ones."""
+    assert controller.config.pattern is not None
+    pattern = parse_pattern(controller.config.pattern)
+    layouts = pattern_layouts(controller)
+    merging = terms.strategy == "merge"
+    if merging:  # all may come back that score higher than who is there
+        terms = replace(terms, kind="ceiling", margin=0.0, budget=1.0)
+    score = score_function(controller, terms.score, calibration)
+    masks = {}
+    for name, weight in controller.weights.items():
+        merit = _merit(score, name, weight.parameter.detach(), terms)
+        merit = merit.to(weight.bits.device, torch.promote_types(merit.dtype, torch.float32))
+        n_keep = weight.numel // pattern.group * pattern.keep
+        masks[name] = pattern_tournament(
+            merit,
+            weight.mask,
+            layouts[name],
+            pattern,
+            int(terms.budget * n_keep),
+            ceiling=terms.kind == "ceiling",
+            margin=terms.margin,
         )
+    return masks
+
+
+def pattern_layouts(controller: Controller) -> dict[str, RowLayout]:
+    """How the groups of the pattern lie in each masked weight; {} without a pattern.
+
+    Raises:
+        ArgumentError: neither the layer of a weight nor its mask tells.
+    """
+    if controller.config.pattern is None:
+        return {}
+    pattern = parse_pattern(controller.config.pattern)
+    return {
+        named.name: committed_layout(named, controller.weights[named.name].mask, pattern)
+        for named in controller.named_weights()
+    }
+
+
+def takes_score(config: SparsityConfig, strategy: str) -> bool:
+    """True if a commit by ``strategy`` looks at scores of its own, not at those of a method."""
+    return strategy == "amnesty" or (strategy == "merge" and config.pattern is not None)
 
 
 def kept_counts(controller: Controller, pruning: SparsityConfig) -> dict[str, int]:

@@ -34,7 +34,7 @@ from resu_compile.kernels.mask_bits import pack_mask
 from resu_compile.phase import Phase, Routing
 from resu_compile.runtime import controller_state, optimizer_hooks
 from resu_compile.runtime.allocation import check_calibration, new_generator, new_masks
-from resu_compile.runtime.commit import check_pattern_kept, commit_masks
+from resu_compile.runtime.commit import commit_masks, pattern_layouts, takes_score
 from resu_compile.runtime.commit_report import CommitReport, compare_masks
 from resu_compile.runtime.controller_state import PRUNE_ARGUMENTS
 from resu_compile.runtime.mask_history import MaskHistory
@@ -357,8 +357,9 @@ class Controller:
                     else "set_phase('sparse') first"
                 )
             )
-        check_pattern_kept(self.config, config.strategy)
         self.refresh()
+        if takes_score(self.config, config.strategy):
+            pattern_layouts(self)  # an error before theta is there
         self.resurrection = Resurrection(config)
         self._phase = Phase.RESU
         self.epoch += 1
@@ -385,7 +386,9 @@ class Controller:
                 its input, or a callable (name, weight) -> score tensor of its shape.
             strategy: ``"amnesty"`` is a tournament inside each weight, between active and
                 resurrected; ``"reprune"`` lets all compete by the pruning method; ``"merge"`` keeps
-                all theta, so that density grows to 1.
+                all theta, so that density grows to 1. Under a pattern each keeps N of each M:
+                ``"amnesty"`` exchanges inside the groups, up to the budget over all of them, and
+                ``"merge"`` keeps the best N of each group.
             kind: of ``"amnesty"``: with ``"quota"`` the best of the resurrected take the whole
                 budget; with ``"ceiling"`` they take at most that, each from an active one that it
                 beats by ``margin``.
@@ -421,7 +424,7 @@ class Controller:
             "margin": margin,
         }
         terms = replace(running.config, **{k: v for k, v in given.items() if v is not None})
-        if score is None and running.score_lost and terms.strategy == "amnesty":
+        if score is None and running.score_lost and takes_score(self.config, terms.strategy):
             raise ArgumentError(
                 "score: expected 'magnitude' or a function, because this resurrection was begun "
                 "with a function and then saved or copied, which only keeps data; got None"

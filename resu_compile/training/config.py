@@ -127,7 +127,7 @@ class TrainingConfig:
         overrides: name or glob -> sparsity of those weights at the highest sparsity of the run;
             at a lower one, in proportion. None with a sparsity that falls.
         pattern: ``"N:M"`` from the first pruning on, with its ``sparsity``,
-            ``schedule="constant"`` and commits that keep it (``strategy="reprune"``).
+            and ``schedule="constant"``; every commit keeps it.
         targets: what is pruned.
         exclude: what is left dense.
         resurrection: how theta is trained and committed; its ``budget`` gives way to the next two.
@@ -250,11 +250,6 @@ class TrainingConfig:
                     f"{name}: expected {plain!r} with pattern={self.pattern!r}, which has one "
                     f"sparsity only, got {getattr(self, name)!r}"
                 )
-        if self.cycle.resu > 0.0 and self.resurrection.strategy != "reprune":
-            raise ArgumentError(
-                f"resurrection.strategy: expected 'reprune' with pattern={self.pattern!r}, which "
-                f"the others break, got {self.resurrection.strategy!r}"
-            )
 
     def _check_overrides(self) -> None:
         path = (self.initial_sparsity, *cycle_sparsities(self))

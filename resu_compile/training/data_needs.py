@@ -13,7 +13,10 @@ def commit_measures(config: TrainingConfig) -> bool:
     """Whether a commit looks at calibration data."""
     theta = config.resurrection
     by_method = theta.strategy == "reprune" and is_calibrated(config.method)
-    return by_method or (theta.strategy == "amnesty" and theta.score == "wanda")
+    scored = theta.strategy == "amnesty" or (
+        theta.strategy == "merge" and config.pattern is not None
+    )
+    return by_method or (scored and theta.score == "wanda")
 
 
 def check_calibration(config: TrainingConfig, calibration: object) -> None:

@@ -226,11 +226,6 @@ def test_a_yaml_file_cannot_make_objects(tmp_path):
         ({"method": "magnitud"}, ArgumentError, "unknown method"),
         ({"pattern": "2:4"}, ArgumentError, "sparsity: expected None or 0.5 with pattern"),
         ({"pattern": "2:4", "sparsity": 0.5}, ArgumentError, "schedule: expected 'constant'"),
-        (
-            {"pattern": "2:4", "sparsity": 0.5, "schedule": "constant"},
-            ArgumentError,
-            r"resurrection\.strategy: expected 'reprune' with pattern='2:4'",
-        ),
         ({"cycle": (0.6, 0.1, 0.3)}, ArgumentTypeError, "cycle: expected a CycleShares"),
         ({"resurrection": 1e-3}, ArgumentTypeError, "resurrection: expected a Resurrect"),
         ({"early_stop": EarlyStop("loss")}, ArgumentError, "evaluate_every: expected a number"),

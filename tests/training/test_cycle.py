@@ -206,13 +206,14 @@ def test_a_sparsified_model_keeps_its_controller():
     assert {name: int(m.sum()) for name, m in before.masks.items()} == {"0.weight": 32}
 
 
-def test_a_pattern_holds_from_the_first_pruning_on():
+@pytest.mark.parametrize("strategy", ["amnesty", "merge", "reprune"])
+def test_a_pattern_holds_from_the_first_pruning_on(strategy):
     model = make_model()
     settings = config(
         pattern="2:4",
         sparsity=0.5,
         schedule="constant",
-        resurrection=ResurrectionConfig(strategy="reprune"),
+        resurrection=ResurrectionConfig(strategy=strategy),
     )
     cycle = Cycle(model, settings)
     kept = []
