@@ -42,32 +42,50 @@ class CudaModule:
             self._functions[name] = found
         return found
 
+    def allow_shared(self, name: str, size_bytes: int) -> None:
+        """Let a kernel be launched with up to ``size_bytes`` of dynamic shared memory."""
+        limit = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(self._driver.cuFuncSetAttribute(self.function(name), limit, size_bytes))
+
     def launch(
-        self, name: str, grid: int, args: ctypes.Structure, *, cooperative: bool = False
+        self,
+        name: str,
+        grid: int | tuple[int, int],
+        args: ctypes.Structure,
+        *,
+        cooperative: bool = False,
+        shared_bytes: int = 0,
     ) -> None:
         """Launch on the current stream; ``args`` is the kernel's only parameter, by value.
 
         Args:
             name: the kernel.
-            grid: number of blocks.
+            grid: number of blocks, or of blocks in x and y.
             args: what the kernel takes.
             cooperative: all blocks run at once, or the launch fails.
+            shared_bytes: dynamic shared memory of a block; see ``allow_shared`` above 48 KB.
         """
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
         address = ctypes.addressof(pointers)
         stream = self._driver.CUstream(torch.cuda.current_stream().cuda_stream)
-        size = (grid, 1, 1, self._threads, 1, 1)
+        blocks = (grid, 1) if isinstance(grid, int) else grid
+        size = (*blocks, 1, self._threads, 1, 1, shared_bytes)
         function = self.function(name)
         if cooperative:
-            launched = self._driver.cuLaunchCooperativeKernel(function, *size, 0, stream, address)
+            launched = self._driver.cuLaunchCooperativeKernel(function, *size, stream, address)
         else:
-            launched = self._driver.cuLaunchKernel(function, *size, 0, stream, address, 0)
+            launched = self._driver.cuLaunchKernel(function, *size, stream, address, 0)
         _checked(launched)
 
 
 @functools.cache
 def load_module(
-    files: tuple[str, ...], defines: tuple[tuple[str, int], ...], threads: int, device: int
+    files: tuple[str, ...],
+    defines: tuple[tuple[str, int], ...],
+    threads: int,
+    device: int,
+    *,
+    specific: bool = False,
 ) -> CudaModule | None:
     """Compile ``files``, one after the other, for a device; None where that cannot be done.
 
@@ -76,12 +94,13 @@ def load_module(
         defines: macros and their values.
         threads: threads of a block.
         device: index of the CUDA device; has to be the current one.
+        specific: use instructions that no other generation has (``wgmma``: target ``sm_90a``).
     """
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST or torch.version.hip:
         return None
     try:
-        binary = _compile(files, defines, capability)
+        binary = _compile(files, defines, capability, specific=specific)
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: NVRTC is not installed
         logger.warning("%s: not compiled, Triton runs instead: %s", ", ".join(files), error)
         return None
@@ -89,13 +108,18 @@ def load_module(
 
 
 def _compile(
-    files: tuple[str, ...], defines: tuple[tuple[str, int], ...], capability: tuple[int, int]
+    files: tuple[str, ...],
+    defines: tuple[tuple[str, int], ...],
+    capability: tuple[int, int],
+    *,
+    specific: bool = False,
 ) -> bytes:
     nvrtc = importlib.import_module("cuda.bindings.nvrtc")
     text = "".join(f"#define {name} {value}\n" for name, value in defines)
     text += "".join(f'#line 1 "{file}"\n{(FOLDER / file).read_text()}\n' for file in files)
     program = _checked(nvrtc.nvrtcCreateProgram(text.encode(), files[-1].encode(), 0, [], []))
-    options = [f"--gpu-architecture=sm_{capability[0]}{capability[1]}".encode(), b"--std=c++17"]
+    target = f"sm_{capability[0]}{capability[1]}{'a' if specific else ''}"
+    options = [f"--gpu-architecture={target}".encode(), b"--std=c++17"]
     try:
         (status,) = nvrtc.nvrtcCompileProgram(program, len(options), options)
         if int(status):

@@ -1,16 +1,32 @@
 """Linear layer on a packed weight, decoded straight into tensor-core fragments.
 
-y[m, n] = act(sum_k weight[n, k] * x[m, k] + bias[n])
+    y[m, n] = act(sum_k weight[n, k] * x[m, k] + bias[n])
+
+``tile_linear.cu`` runs on Hopper in fp16 and bf16; elsewhere, and in fp32, the weight is unpacked
+into a temporary and the dense product follows.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+from dataclasses import dataclass
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resu_compile.errors import ArgumentError
-from resu_compile.kernels.plan import apply_activation
-from resu_compile.kernels.tile_weight import TileWeight, unpack_tiles
+from resu_compile.errors import ArgumentError, check_choice
+from resu_compile.kernels._nvrtc import CudaModule, load_module
+from resu_compile.kernels._triton import cdiv
+from resu_compile.kernels.plan import ACTIVATIONS, apply_activation
+from resu_compile.kernels.tile_weight import STEP, TileWeight, unpack_tiles
+
+KINDS = {torch.bfloat16: 1, torch.float16: 2}  # KIND of tile_linear.cu
+HOPPER = (9, 0)  # compute capability: wgmma exists on no other
+SHARED_BYTES = 232448  # shared memory that one block may have on sm_90
+GROUP_ROWS = 64  # rows of the weight that a warpgroup multiplies
+RED_STRIDE = 68  # as in tile_linear.cu
 
 
 # -- reference -------------------------------------------------------------------------------
@@ -23,10 +39,142 @@ def tile_linear_reference(
     return apply_activation(y, activation).to(x.dtype)
 
 
+# -- CUDA C++ --------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class TileConfig:
+    """How one launch is cut.
+
+    Attributes:
+        tile_m: rows of x of a block: 8, 16, 32 or 64.
+        groups: warpgroups of a block, each with 64 rows of the weight.
+        splits: blocks of a cluster, among which the columns are shared out; at most 8.
+        stage: columns of x that are copied at once; divides the segment of the weight.
+        stages: buffers for x.
+        slots: segments of the weight that a warp holds in shared memory.
+        blocks_per_sm: blocks for which registers are kept.
+    """
+
+    tile_m: int
+    groups: int
+    splits: int
+    stage: int
+    stages: int
+    slots: int
+    blocks_per_sm: int
+
+    def shared_bytes(self, packed: TileWeight) -> int:
+        """Shared memory of a block."""
+        slot_bytes = (packed.segment // STEP // packed.unit + packed.segment_rows) * 128
+        warps = 4 * self.groups
+        held = self.stages * self.stage * self.tile_m * 2
+        held += warps * self.slots * (slot_bytes + 8)
+        return max(held, self.groups * self.tile_m * RED_STRIDE * 4)
+
+
+class _Args(ctypes.Structure):
+    """``struct Args`` of tile_linear.cu."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("flags", "offset", "val", "x", "bias", "y")),
+        *((name, ctypes.c_int) for name in ("rows", "out_features", "in_features", "x_stride")),
+        *((name, ctypes.c_int) for name in ("segments", "strips", "slots", "slot_rows")),
+        *((name, ctypes.c_int) for name in ("activation", "x_aligned", "one")),
+    )
+
+
+def tile_config(rows: int, packed: TileWeight) -> TileConfig:
+    """Cut for ``rows`` rows of x."""
+    tile_m = 8 if rows <= 8 else 16 if rows <= 16 else 32 if rows <= 32 else 64
+    segments = packed.flags.shape[1]
+    splits = min(8, segments)
+    slots = 1 if segments <= splits else 2
+    config = TileConfig(tile_m, 1, splits, packed.segment // 2, 2, slots, 4 if tile_m <= 16 else 2)
+    return config
+
+
+@functools.cache
+def _module(
+    config: TileConfig, unit: int, segment: int, kind: int, device: int
+) -> CudaModule | None:
+    defines = (
+        ("TILE_M", config.tile_m),
+        ("GROUPS", config.groups),
+        ("SPLITS", config.splits),
+        ("STAGE", config.stage),
+        ("STAGES", config.stages),
+        ("BLOCKS_PER_SM", config.blocks_per_sm),
+        ("UNIT", unit),
+        ("SEGMENT", segment),
+        ("KIND", kind),
+    )
+    threads = config.groups * 128
+    module = load_module(("tile_linear.cu",), defines, threads, device, specific=True)
+    if module is not None:
+        module.allow_shared("tile_linear", SHARED_BYTES)
+    return module
+
+
+def tile_linear_cuda(
+    x: Tensor,
+    packed: TileWeight,
+    bias: Tensor | None,
+    activation: str,
+    config: TileConfig,
+    out: Tensor | None = None,
+) -> Tensor | None:
+    """Launch the kernel; None where it cannot be compiled.
+
+    Args:
+        x: fp16 or bf16, ``(M, K)``, M >= 1.
+        packed: weight of the same dtype.
+        bias: ``[N]``, contiguous, of the same dtype, or None.
+        activation: one of ``ACTIVATIONS``.
+        config: how to cut the launch.
+        out: contiguous ``(M, N)`` of the same dtype to write into, or None for a new one.
+    """
+    device = x.device.index
+    module = _module(config, packed.unit, packed.segment, KINDS[x.dtype], device)
+    if module is None:
+        return None
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    (rows, in_features), out_features = x.shape, packed.shape[0]
+    if out is None:
+        out = x.new_empty(rows, out_features)
+    strips, segments = packed.flags.shape[:2]
+    x_stride = x.stride(0) if rows > 1 else in_features
+    args = _Args(
+        flags=packed.flags.data_ptr(),
+        offset=packed.offset.data_ptr(),
+        val=packed.val.data_ptr(),
+        x=x.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        y=out.data_ptr(),
+        rows=rows,
+        out_features=out_features,
+        in_features=in_features,
+        x_stride=x_stride,
+        segments=segments,
+        strips=strips,
+        slots=config.slots,
+        slot_rows=packed.segment_rows,
+        activation=ACTIVATIONS.index(activation),
+        x_aligned=int(x.data_ptr() % 16 == 0 and (rows == 1 or x_stride % 8 == 0)),
+        one=1,
+    )
+    blocks = cdiv(out_features, GROUP_ROWS * config.groups) * config.splits
+    grid = (blocks, cdiv(rows, config.tile_m))
+    shared_bytes = config.shared_bytes(packed)
+    with torch.cuda.device(device):
+        module.launch("tile_linear", grid, args, shared_bytes=shared_bytes)
+    return out
+
+
+# -- any device ------------------------------------------------------------------------------
 def tile_linear(
     x: Tensor, packed: TileWeight, bias: Tensor | None, activation: str = "none"
 ) -> Tensor:
-    """``act(x @ weight.T + bias)``, summed in fp32 and rounded once.
+    """``act(x @ weight.T + bias)``, summed in fp32.
 
     Args:
         x: fp32, fp16 or bf16, ``(M, K)``, any strides.
@@ -36,9 +184,32 @@ def tile_linear(
 
     Returns:
         ``(M, N)``, contiguous, dtype of ``x``.
+
+    Raises:
+        ArgumentError: an argument does not fit the weight.
     """
     check_x(x, packed)
-    return tile_linear_reference(x, packed, bias, activation)
+    check_choice(activation, ACTIVATIONS, name="activation")
+    if bias is not None:
+        bias = bias.to(x.dtype).contiguous()
+    if runs_on_tensor_cores(x) and x.shape[0]:
+        own = packed
+        if packed.val.dtype != x.dtype:
+            own = TileWeight.from_tensors(
+                (packed.flags, packed.offset, packed.val.to(x.dtype)), packed.layout, packed.shape
+            )
+        y = tile_linear_cuda(x, own, bias, activation, tile_config(x.shape[0], own))
+        if y is not None:
+            return y
+    y = F.linear(x, unpack_tiles(packed).to(x.dtype), bias)
+    return y if activation == "none" else apply_activation(y.float(), activation).to(x.dtype)
+
+
+def runs_on_tensor_cores(x: Tensor) -> bool:
+    """Whether ``tile_linear.cu`` is for the device and dtype of ``x``."""
+    if not x.is_cuda or x.dtype not in KINDS or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(x.device) == HOPPER
 
 
 def check_x(x: Tensor, packed: TileWeight) -> None:

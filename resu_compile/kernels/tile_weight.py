@@ -15,7 +15,8 @@ The places of a lane in one segment are read in the order of ``16 s + i``, each 
   the pruned one as 0, at the same rank of both streams.
 
 A row of ``val`` holds one value for each of the 64 streams: element
-``64 (offset + rank) + 2 l + h`` is value number ``rank`` of lane ``l``, half ``h``. So a lane stays in its own four bytes of each
+``64 (offset + rank) + 2 l + h`` is value number ``rank`` of lane ``l``, half ``h``. So a lane stays
+in its own four bytes of each
 row (2-byte values), whatever the ranks of the others: a shared memory bank of its own. A segment
 of a strip takes as many rows as its longest stream; the rest is 0. ``flags[strip, j, w, l]`` holds
 32 bits of lane ``l``, in the order of ``2 (16 s + i) + h`` for unit 1 and of ``16 s + i`` for unit
