@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from resu_compile.kernels.packed_linear import default_format
 from resu_compile.kernels.plan import BUCKET_ROWS, Kernel
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,6 @@ _SOURCES = {  # how the names of its files begin
     Kernel.ROWS: ("row_linear", "row_weight"),
     Kernel.TILES: ("tile_linear", "tile_weight"),
     Kernel.SEMI: ("semi_linear",),
-    Kernel.UNPACK: ("csr_linear", "tile_linear", "tile_weight"),
 }
 
 Times = dict[int, dict[Kernel, float]]  # bucket -> kernel -> milliseconds
@@ -61,6 +61,7 @@ class TimesKey:
         shape: (N, K).
         sparsity: rounded to hundredths, at most 0.99.
         pattern: ``"2:4"`` or empty.
+        unpacked_from: the format that ``UNPACK`` expands on this device.
     """
 
     device: str
@@ -69,6 +70,7 @@ class TimesKey:
     shape: tuple[int, int]
     sparsity: float
     pattern: str = ""
+    unpacked_from: Kernel = Kernel.TILES
 
     @classmethod
     def of(
@@ -90,6 +92,7 @@ class TimesKey:
             shape=(out_features, in_features),
             sparsity=rounded(sparsity),
             pattern=":".join(map(str, pattern)) if pattern else "",
+            unpacked_from=default_format(device),
         )
 
     @property
@@ -113,21 +116,24 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def _cpu_name() -> str:
-    name = platform.processor() or platform.machine()
+    # a virtual machine may hide the model behind the name of the whole product line
+    found: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
+            label, _, value = line.partition(":")
+            found.setdefault(label.strip(), value.strip())
     except OSError:
         pass  # not Linux
+    name = found.get("model name") or platform.processor() or platform.machine()
+    if {"cpu family", "model"} <= found.keys():
+        name += f" {found['cpu family']}/{found['model']}"
     return f"{name} {torch.backends.cpu.get_cpu_capability()}"
 
 
 # -- the code that was timed -----------------------------------------------------------------
 @functools.cache
 def code_hash(kernel: Kernel) -> str:
-    """Eight hex digits of a kernel's code, comments aside; empty for the dense product."""
+    """Eight hex digits of the code behind a packed format, comments aside; empty for DENSE."""
     if kernel is Kernel.DENSE:
         return ""
     digest = hashlib.sha256()
@@ -157,8 +163,9 @@ def strip_comments(source: str, suffix: str) -> str:
     return "".join("".join(lines).split())
 
 
-def _stored_name(kernel: Kernel) -> str:
-    return "@".join(filter(None, (kernel.name.lower(), code_hash(kernel))))
+def _stored_name(kernel: Kernel, key: TimesKey) -> str:
+    source = key.unpacked_from if kernel is Kernel.UNPACK else kernel
+    return "@".join(filter(None, (kernel.name.lower(), code_hash(source))))
 
 
 # -- finding and keeping ---------------------------------------------------------------------
@@ -179,7 +186,7 @@ def find(key: TimesKey, wanted: Mapping[int, Collection[Kernel]]) -> tuple[Times
             if bucket in found or not own:
                 continue
             times = {
-                kernel: own[name] for kernel in Kernel if (name := _stored_name(kernel)) in own
+                kernel: own[name] for kernel in Kernel if (name := _stored_name(kernel, key)) in own
             }
             if all(kernel in times for kernel in kernels):
                 found[bucket] = times
@@ -192,13 +199,15 @@ def find(key: TimesKey, wanted: Mapping[int, Collection[Kernel]]) -> tuple[Times
 def keep(key: TimesKey, times: Mapping[int, Mapping[Kernel, float]]) -> None:
     """Remember measured times, here and for the next process."""
     if times:
-        _user.put(_user_key(key), to_stored(times))
+        _user.put(_user_key(key), to_stored(key, times))
 
 
-def to_stored(times: Mapping[int, Mapping[Kernel, float]]) -> Stored:
+def to_stored(key: TimesKey, times: Mapping[int, Mapping[Kernel, float]]) -> Stored:
     """Times as files hold them: by rows of x, and by kernel with the hash of its code."""
     return {
-        str(BUCKET_ROWS[bucket]): {_stored_name(k): float(f"{ms:.4g}") for k, ms in own.items()}
+        str(BUCKET_ROWS[bucket]): {
+            _stored_name(k, key): float(f"{ms:.4g}") for k, ms in own.items()
+        }
         for bucket, own in times.items()
     }
 
@@ -242,13 +251,8 @@ class _UserCache:
 
     def put(self, key: str, stored: Stored) -> None:
         self._entries = _merged(self._entries, {key: stored})
-        content = {
-            "format": FORMAT,
-            "version": VERSION,
-            "times_ms": dict(sorted(_merged(self._read(), self._entries).items())),
-        }
         try:
-            replace_file(self.path, json.dumps(content, indent=0))
+            replace_file(self.path, to_text(_merged(self._read(), self._entries)))
         except OSError as error:
             logger.warning("%s: cannot keep measured times there: %s", self.path, error)
 
@@ -305,6 +309,13 @@ def _tell_stale(device: str) -> None:
         "they are measured instead",
         device,
     )
+
+
+def to_text(entries: Mapping[str, Stored]) -> str:
+    """A file of times, one entry a line."""
+    head = json.dumps({"format": FORMAT, "version": VERSION})[:-1]
+    lines = (f"{json.dumps(key)}: {json.dumps(own)}" for key, own in sorted(entries.items()))
+    return f'{head}, "times_ms": {{\n' + ",\n".join(lines) + "\n}}\n"
 
 
 def parse(text: str) -> dict[str, Stored]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -152,7 +152,7 @@ def choose_plan(
         return case.constant("not measured: fewer than 64 * 64 elements")
     if sparsity < MIN_SPARSITY:
         return case.constant(f"not measured: less than {MIN_SPARSITY:.0%} pruned")
-    return case.measured(formats)
+    return case.measured()
 
 
 def _least_sparsity(threshold: float | Literal["auto"]) -> float | None:
@@ -204,18 +204,9 @@ class _Case:
 
     def formats(self) -> tuple[Kernel, ...]:
         """The sparse kernels that this device has for the dtype and size."""
-        if not 0 < self.out_features * self.in_features < MAX_NUMEL:
-            return ()
-        if self.device.type == "cpu":
-            return (Kernel.CSR,) if has_csr_kernel(self.device, self.dtype) else ()
-        if self.device.type != "cuda" or self.dtype not in FLOATS:
-            return ()
-        if self.pattern is not None and self.dtype in HALVES:
-            from resu_compile.kernels.semi_linear import is_supported
-
-            if is_supported(self.out_features, self.in_features, self.dtype):
-                return (Kernel.ROWS, Kernel.TILES, Kernel.SEMI)
-        return (Kernel.ROWS, Kernel.TILES)
+        return formats_of(
+            self.device, self.out_features, self.in_features, self.dtype, self.pattern
+        )
 
     def buckets(self) -> tuple[int, ...]:
         """The buckets that a choice is made for."""
@@ -252,16 +243,13 @@ class _Case:
                 chosen[bucket] = Kernel.TILES
         return self.plan(chosen, why)
 
-    def candidates(self, formats: tuple[Kernel, ...], bucket: int) -> frozenset[Kernel]:
-        """What is measured in a bucket: the kernels made for it and the dense product."""
-        rows = BUCKET_ROWS[bucket]
-        most = {Kernel.ROWS: ROWS_MOST, Kernel.TILES: TILES_MOST if self.dtype in HALVES else 0}
-        wanted = {kernel for kernel in formats if rows <= most.get(kernel, rows)}
-        return frozenset(wanted | {Kernel.DENSE, self.base})
-
-    def measured(self, formats: tuple[Kernel, ...]) -> Plan:
+    def measured(self) -> Plan:
         """The fastest kernels, by times that are known or taken now."""
-        wanted = {bucket: self.candidates(formats, bucket) for bucket in self.buckets()}
+        formats = self.formats()
+        wanted = {
+            bucket: candidates_of(formats, BUCKET_ROWS[bucket], self.dtype) | {self.base}
+            for bucket in self.buckets()
+        }
         times, source = self._times(wanted)
         usable = {
             bucket: {kernel: own[kernel] for kernel in own if kernel in wanted[bucket]}
@@ -317,6 +305,35 @@ class _Case:
                 self.out_features, self.in_features, self.device, self.base.name,
             )  # fmt: skip
             return {}
+
+
+# -- what there is to choose from ------------------------------------------------------------
+def formats_of(
+    device: torch.device,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+    pattern: tuple[int, int] | None = None,
+) -> tuple[Kernel, ...]:
+    """The sparse kernels that ``device`` has for an (N, K) weight; none if it is empty or huge."""
+    if not 0 < out_features * in_features < MAX_NUMEL:
+        return ()
+    if device.type == "cpu":
+        return (Kernel.CSR,) if has_csr_kernel(device, dtype) else ()
+    if device.type != "cuda" or dtype not in FLOATS:
+        return ()
+    if pattern == (2, 4) and dtype in HALVES:
+        from resu_compile.kernels.semi_linear import is_supported
+
+        if is_supported(out_features, in_features, dtype):
+            return (Kernel.ROWS, Kernel.TILES, Kernel.SEMI)
+    return (Kernel.ROWS, Kernel.TILES)
+
+
+def candidates_of(formats: Iterable[Kernel], rows: int, dtype: torch.dtype) -> frozenset[Kernel]:
+    """What is measured at ``rows`` rows of x: the kernels made for that, and the dense product."""
+    most = {Kernel.ROWS: ROWS_MOST, Kernel.TILES: TILES_MOST if dtype in HALVES else 0}
+    return frozenset({Kernel.DENSE} | {k for k in formats if rows <= most.get(k, rows)})
 
 
 # -- the rule --------------------------------------------------------------------------------

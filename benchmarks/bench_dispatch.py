@@ -1,0 +1,294 @@
+"""Does the plan ever lose? Chosen kernels against dense, over random shapes, batches, sparsities.
+
+    python -m benchmarks.bench_dispatch --sweep 200      # random points, auto plan against dense
+    python -m benchmarks.bench_dispatch --make-table     # times of named shapes, for the package
+    python -m pytest benchmarks/bench_dispatch.py        # what a known plan costs to look up
+
+A sweep counts the points where the plan is slower than dense by more than noise. Noise is the
+difference of dense and dense again at the same points, in the same turns. Another random weight is
+timed than the plan was chosen on, at the exact row count, and its result is checked by float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.harness import check_product, collector_off, copies_of, make_weight, make_x, say
+from benchmarks.results import Result
+from benchmarks.shapes import SHAPES
+from resu_compile.kernels.packed_linear import PackedLinear, pack_linear
+from resu_compile.kernels.plan import BUCKET_ROWS, Kernel, batch_bucket
+from resu_compile.runtime import kernel_times, plan_cache, stopwatch
+from resu_compile.runtime.plans import Plan, candidates_of, choose_plan, formats_of
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+TABLE_SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+TABLE_SHAPES = tuple(
+    name
+    for name in SHAPES
+    if name.startswith(("llama3-8b", "llama3.2-1b") if CUDA else ("gpt2", "vit"))
+    or (CUDA and name == "llama3-70b q_proj")
+)
+SIZES = (64, 16384) if CUDA else (32, 2048)  # of N and K
+MOST_ROWS = 512 if CUDA else 256
+MOST_NUMEL = 2**27 if CUDA else 2**21
+REPEATS = 15 if CUDA else 60
+CPU_BUDGET_S = 0.15
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+# -- one point -------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Point:
+    """A linear layer at one batch size, and the times of the dense product and of its plan.
+
+    Attributes:
+        out_features: N.
+        in_features: K.
+        rows: M.
+        sparsity: share of pruned weights.
+        kernel: what the plan runs there.
+        dense_ms: time of the dense product.
+        again_ms: time of the dense product, taken a second time in the same turns.
+        plan_ms: time of what the plan runs; of a dense plan, ``again_ms``.
+    """
+
+    out_features: int
+    in_features: int
+    rows: int
+    sparsity: float
+    kernel: str
+    dense_ms: float
+    again_ms: float
+    plan_ms: float
+
+    @property
+    def speedup(self) -> float:
+        """Time of dense over that of the plan."""
+        return self.dense_ms / self.plan_ms
+
+    @property
+    def noise(self) -> float:
+        """How far dense is from dense, as a share."""
+        return abs(self.again_ms / self.dense_ms - 1.0)
+
+
+def random_points(count: int, seed: int) -> Iterator[tuple[int, int, int, float]]:
+    """(N, K, M, sparsity); sizes are log-uniform, one in four is no multiple of 8."""
+    numbers = random.Random(seed)
+
+    def size() -> int:
+        value = round(math.exp(numbers.uniform(*map(math.log, SIZES))))
+        return value if numbers.random() < 0.25 else max(value // 8, 1) * 8
+
+    for _ in range(count):
+        n, k = size(), size()
+        while n * k > MOST_NUMEL:
+            n, k = size(), size()
+        rows = round(math.exp(numbers.uniform(0, math.log(MOST_ROWS))))
+        yield n, k, rows, numbers.uniform(0.4, 0.99)
+
+
+def measure_point(n: int, k: int, rows: int, sparsity: float, *, cuda_graphs: bool) -> Point:
+    """Choose a plan, then time what it runs, on a weight of its own."""
+    plan = choose_plan(DEVICE, n, k, sparsity, DTYPE, rows, "auto", cuda_graphs=cuda_graphs)
+    kernel = plan.kernels[batch_bucket(rows)]
+    weight, x = make_weight((n, k), sparsity, DTYPE), make_x(rows, k, DTYPE)
+    dense = [
+        functools.partial(F.linear, x, weight.clone()) for _ in range(copies_of(weight.nbytes))
+    ]
+    groups = [dense, dense]
+    if kernel is not Kernel.DENSE:
+        groups.append(_planned(plan, x, weight))
+        check_product(groups[-1][-1](), x, weight, f"{kernel.name} {n}x{k} M={rows}")
+    runs = [_run(calls, cuda_graphs) for calls in groups]
+    with collector_off():
+        samples = stopwatch.interleaved_ms(
+            tuple(run for run, _ in runs),
+            stopwatch.device_ms if CUDA else stopwatch.wall_ms,
+            math.inf if CUDA else CPU_BUDGET_S * len(runs),
+            REPEATS,
+        )
+    middle = statistics.median if CUDA else min
+    times = [middle(own) / count for own, (_, count) in zip(samples, runs, strict=True)]
+    return Point(n, k, rows, sparsity, kernel.name, times[0], times[1], times[-1])
+
+
+def _planned(plan: Plan, x: torch.Tensor, weight: torch.Tensor) -> list[functools.partial]:
+    packed = pack_linear(weight, None, plan.needed)
+    copies = [packed.tensors()]
+    copies += [tuple(t.clone() for t in copies[0]) for _ in range(copies_of(packed.size_bytes) - 1)]
+    return [functools.partial(_sparse, x, weight, tensors, packed, plan) for tensors in copies]
+
+
+def _sparse(x, weight, tensors, packed: PackedLinear, plan: Plan) -> torch.Tensor:
+    return torch.ops.resu_compile.sparse_linear(
+        x, weight, tensors, packed.layout, None, packed.shape, plan.kernels, "none"
+    )
+
+
+def _run(calls: list, cuda_graphs: bool) -> tuple:
+    if not CUDA:
+        return calls[0], 1
+    calls = calls * -(-kernel_times.CUDA_MIN_CALLS // len(calls))
+    if cuda_graphs:
+        return stopwatch.capture_calls(calls).replay, len(calls)
+    return lambda: [call() for call in calls], len(calls)
+
+
+# -- many points -----------------------------------------------------------------------------
+def noise_of(points: Sequence[Point]) -> float:
+    """The share by which dense differs from dense at no more than one point in twenty."""
+    return quantile([point.noise for point in points], 0.95)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Value below which a ``share`` of ``values`` lies, linear between two of them."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def slower(points: Sequence[Point], noise: float) -> list[Point]:
+    """The points where the plan takes longer than dense by more than ``noise``."""
+    return [point for point in points if point.plan_ms > point.dense_ms * (1.0 + noise)]
+
+
+def summary(points: Sequence[Point]) -> str:
+    """Noise, lost points and quantiles of the speed-up, in three lines."""
+    noise = noise_of(points)
+    taken = [point for point in points if point.kernel != Kernel.DENSE.name]
+    # dense against dense differs by more than the noise at one point in twenty, by definition
+    lost = slower(taken, noise)
+    lines = [
+        f"{len(points)} points, noise {noise:.1%} (95 % of dense against dense)",
+        f"a sparse kernel at {len(taken)}, slower than dense by more than noise at {len(lost)}",
+    ]
+    for what, own in (("where sparse", taken), ("everywhere", points)):
+        if own:
+            speedups = [p.speedup if p.kernel != Kernel.DENSE.name else 1.0 for p in own]
+            found = ", ".join(f"{q:.0%} {quantile(speedups, q):.2f}x" for q in QUANTILES)
+            lines.append(f"speed-up {what}: {found}")
+    return "\n".join(lines)
+
+
+def sweep(count: int, seed: int, *, cuda_graphs: bool, worst: int = 12) -> Result:
+    """The result of ``count`` random points; the table shows the worst of the sparse ones."""
+    points = []
+    for i, (n, k, rows, sparsity) in enumerate(random_points(count, seed)):
+        points.append(measure_point(n, k, rows, sparsity, cuda_graphs=cuda_graphs))
+        if i % 20 == 19:
+            say(f"{i + 1} points")
+    taken = sorted((p for p in points if p.kernel != Kernel.DENSE.name), key=lambda p: p.speedup)
+    body = [
+        [f"{p.out_features}x{p.in_features}", p.rows, f"{p.sparsity:.0%}", p.kernel.lower(),
+         f"{p.dense_ms * 1e3:.1f}", f"{p.plan_ms * 1e3:.1f}", f"{p.speedup:.2f}x",
+         f"{p.noise:.1%}"]
+        for p in taken[:worst]
+    ]  # fmt: skip
+    launch = "CUDA graphs" if CUDA and cuda_graphs else "calls"
+    return Result(
+        f"The {len(body)} worst of {len(points)} random points in {launch}, "
+        + summary(points).replace("\n", "; "),
+        f"python -m benchmarks.bench_dispatch --sweep {count} --seed {seed}",
+        ["weight", "M", "pruned", "plan", "dense, us", "plan, us", "speed-up", "noise"],
+        body,
+        [asdict(point) for point in points],
+    )
+
+
+# -- the shipped table -----------------------------------------------------------------------
+def table_entries(names: Sequence[str], budget_s: float) -> dict[str, plan_cache.Stored]:
+    """Times of the named shapes by every kernel, as ``plan_cache`` reads them.
+
+    Args:
+        names: of ``SHAPES``.
+        budget_s: seconds after which no further shape is begun.
+    """
+    entries: dict[str, plan_cache.Stored] = {}
+    started = time.perf_counter()
+    shapes = dict.fromkeys(SHAPES[name] for name in names)  # some are named twice
+    for (n, k), sparsity in ((s, p) for s in shapes for p in TABLE_SPARSITIES):
+        if time.perf_counter() - started > budget_s:
+            say(f"{n}x{k} {sparsity:.0%} and what follows: no time left")
+            break
+        wanted = {
+            bucket: candidates_of(formats_of(DEVICE, n, k, DTYPE), rows, DTYPE) | {Kernel.UNPACK}
+            for bucket, rows in enumerate(BUCKET_ROWS)
+            if rows <= 256
+        }
+        for cuda_graphs in (True, False) if CUDA else (False,):
+            key = plan_cache.TimesKey.of(DEVICE, n, k, sparsity, DTYPE, cuda_graphs=cuda_graphs)
+            times = kernel_times.measure_kernels(
+                DEVICE, n, k, sparsity, DTYPE, wanted, cuda_graphs=cuda_graphs, pattern=None,
+                unpacked_from=key.unpacked_from,
+            )  # fmt: skip
+            entries[f"{key.device}|{key.text}"] = plan_cache.to_stored(key, times)
+        say(f"{n}x{k} {sparsity:.0%}: {time.perf_counter() - started:.1f} s")
+    return entries
+
+
+def make_table(path: Path, names: Sequence[str], budget_s: float) -> None:
+    """Write the table of ``names`` to ``path``, entries of other devices there left alone."""
+    entries = table_entries(names, budget_s)
+    kept = plan_cache.parse(path.read_text(encoding="utf-8")) if path.exists() else {}
+    plan_cache.replace_file(path, plan_cache.to_text(kept | entries))
+    say(f"{path}: {len(entries)} entries, {path.stat().st_size / 1024:.0f} KiB")
+
+
+# -- pytest-benchmark ------------------------------------------------------------------------
+def test_known_plan(benchmark, tmp_path):
+    """What a compilation pays for each weight whose times are known."""
+    plan_cache.set_cache_path(tmp_path / "times.json")
+    try:
+        arguments = (DEVICE, 256, 512, 0.9, DTYPE, None, "auto")
+        first = choose_plan(*arguments)
+        assert benchmark(choose_plan, *arguments).kernels == first.kernels
+    finally:
+        plan_cache.set_cache_path(None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sweep", type=int, metavar="POINTS", help="random points to compare")
+    parser.add_argument("--seed", type=int, default=0, help="of the random points")
+    parser.add_argument("--calls", action="store_true", help="calls from Python, no CUDA graphs")
+    parser.add_argument("--json", type=Path, help="where to write the sweep's result")
+    parser.add_argument("--make-table", action="store_true", help="times of the named shapes")
+    parser.add_argument("--out", type=Path, help="file of the table; the package's own if missing")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds for the table")
+    arguments = parser.parse_args()
+    if not (arguments.sweep or arguments.make_table):
+        parser.error("expected --sweep POINTS or --make-table")
+    if arguments.make_table:
+        shipped = plan_cache.DATA_FOLDER / plan_cache.SHIPPED[0 if CUDA else 1]
+        make_table(arguments.out or shipped, TABLE_SHAPES, arguments.budget)
+    if arguments.sweep:
+        with tempfile.TemporaryDirectory() as folder:  # chosen afresh, not by an older cache
+            plan_cache.set_cache_path(Path(folder) / "times.json")
+            result = sweep(arguments.sweep, arguments.seed, cuda_graphs=not arguments.calls)
+            plan_cache.set_cache_path(None)
+        sys.stdout.write(result.text() + "\n")
+        if arguments.json:
+            result.save(arguments.json)
+
+
+if __name__ == "__main__":
+    main()
