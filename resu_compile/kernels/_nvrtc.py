@@ -55,6 +55,8 @@ class CudaModule:
         *,
         cooperative: bool = False,
         shared_bytes: int = 0,
+        threads: int | None = None,
+        overlap: bool = False,
     ) -> None:
         """Launch on the current stream; ``args`` is the kernel's only parameter, by value.
 
@@ -64,18 +66,38 @@ class CudaModule:
             args: what the kernel takes.
             cooperative: all blocks run at once, or the launch fails.
             shared_bytes: dynamic shared memory of a block; see ``allow_shared`` above 48 KB.
+            threads: of a block, where they are not those that ``load_module`` was given.
+            overlap: the kernel may start before those launched earlier have ended; it has to wait
+                for them itself (``griddepcontrol.wait``). Needs compute capability 9.0.
         """
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(args))
         address = ctypes.addressof(pointers)
         stream = self._driver.CUstream(torch.cuda.current_stream().cuda_stream)
         blocks = (grid, 1) if isinstance(grid, int) else grid
-        size = (*blocks, 1, self._threads, 1, 1, shared_bytes)
+        size = (*blocks, 1, threads or self._threads, 1, 1, shared_bytes)
         function = self.function(name)
-        if cooperative:
+        if overlap:
+            config = self._overlapping(size, stream)
+            launched = self._driver.cuLaunchKernelEx(config, function, address, 0)
+        elif cooperative:
             launched = self._driver.cuLaunchCooperativeKernel(function, *size, stream, address)
         else:
             launched = self._driver.cuLaunchKernel(function, *size, stream, address, 0)
         _checked(launched)
+
+    def _overlapping(self, size: tuple[int, ...], stream: Any) -> Any:
+        """Launch configuration with programmatic stream serialization."""
+        driver = self._driver
+        attribute = driver.CUlaunchAttribute()
+        ids = driver.CUlaunchAttributeID
+        attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = size[:3]
+        config.blockDimX, config.blockDimY, config.blockDimZ, config.sharedMemBytes = size[3:]
+        config.hStream = stream
+        config.attrs, config.numAttrs = [attribute], 1
+        return config
 
 
 @functools.cache
