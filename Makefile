@@ -13,10 +13,10 @@ TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 CUDA_FILTER = $$($(BIN)/python -c "import torch; print('' if torch.cuda.is_available() else 'not cuda')")
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format bench clean
+.PHONY: help venv demo test lint format bench bench-save bench-compare bench-smoke clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "  ARGS='...' is passed on, e.g.  make demo ARGS='--task digits'  or  make test ARGS='-k cli'"
 
@@ -51,8 +51,20 @@ format: $(READY)  ## rewrite files in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)  ## time the kernels and the training step
-	$(BIN)/python -m pytest benchmarks -p no:xdist --benchmark-only $(ARGS)
+# Ratios against a reference, so that runs of one device can be compared. ARGS="-k 'M=16'" runs a part.
+SUITE = $(BIN)/python -m benchmarks.suite
+
+bench: $(READY)  ## time everything against its reference; JSON in .benchmarks/
+	$(SUITE) --json .benchmarks/latest.json $(ARGS)
+
+bench-save: $(READY)  ## the same, and keep it as the baseline of this device
+	$(SUITE) --json .benchmarks/latest.json --save $(ARGS)
+
+bench-compare: $(READY)  ## the same, and fail where a ratio fell by more than 10 %
+	$(SUITE) --compare $(ARGS)
+
+bench-smoke: $(READY)  ## see that every benchmark runs, in its smallest form (under 2 minutes)
+	$(SUITE) --smoke $(ARGS)
 
 clean:  ## remove .venv and everything built
 	rm -rf $(VENV) build dist demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

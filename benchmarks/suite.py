@@ -37,6 +37,14 @@ TITLE = "Ratios against the fastest reference of each group"
 
 PASSED, FELL, NO_BASELINE = 0, 1, 2
 
+# Programs that measure more than ratios, and with what arguments they take seconds.
+SMALLEST_ARGUMENTS = {
+    "bench_decode": ("--tiny",),
+    "bench_dispatch": ("--sweep", "2"),
+    "bench_loading": ("--tiny",),
+    "bench_pruning": ("--tiny",),
+}
+
 
 # -- which groups ----------------------------------------------------------------------------
 def module_names(folder: Path = FOLDER) -> list[str]:
@@ -155,8 +163,7 @@ def report(found: baseline.Comparison, stored: baseline.Baseline) -> None:
 def smoke(names: Sequence[str]) -> int:
     """Run each benchmark in its smallest form and check for finite results; the exit code.
 
-    A benchmark has ``groups(smallest=True)``, or a list ``SMOKE`` of command-line arguments with
-    which its program takes seconds.
+    A benchmark has ``groups(smallest=True)`` or its arguments in ``SMALLEST_ARGUMENTS``.
     """
     rows, failed = [], False
     with harness.one_thread():
@@ -184,9 +191,9 @@ def _smoke_one(name: str) -> str:
                 if not (math.isfinite(ratio) and ratio > 0):
                     raise ValueError(f"{case_name(group, impl)}: expected a ratio, got {ratio}")
         return f"{len(groups)} groups" if groups else "needs a GPU"
-    arguments = getattr(module, "SMOKE", None)
-    if arguments is None:
-        raise ValueError(f"{name}: expected a function groups or a list SMOKE, found neither")
+    if name not in SMALLEST_ARGUMENTS:
+        raise ValueError(f"{name}: expected a function groups or an entry in SMALLEST_ARGUMENTS")
+    arguments = SMALLEST_ARGUMENTS[name]
     command = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     if done.returncode:
