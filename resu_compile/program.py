@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import sys
@@ -17,6 +18,7 @@ from resu_compile.errors import ArgumentError, ArtifactError, PhaseError, check_
 from resu_compile.passes.base import PassReport
 from resu_compile.passes.choose_kernels import choose_kernels
 from resu_compile.passes.move_device import move_device
+from resu_compile.passes.packed_sites import Held
 from resu_compile.passes.unpack_weights import unpack_weights
 
 _LOADED = "resu_compile_loaded"
@@ -26,13 +28,17 @@ def load(
     path: str | os.PathLike[str],
     device: str | torch.device = "cpu",
     sparse_threshold: float | Literal["auto"] = "auto",
+    *,
+    release_dense: bool = False,
 ) -> SparseModule:
     """The program of a file that ``export`` wrote, ready to call on ``device``.
 
-    Packed weights are unpacked once, here; no call decodes anything. A matmul by a masked weight
-    goes through the sparse kernel where that is faster on this device, the rest is dense:
-    ``.report`` of the result says which. On CUDA that is time on the device: at small batches, put
-    the program in a CUDA graph, or launching the sparse kernels takes longer than they run.
+    Packed weights are unpacked once, here, one after the other. A matmul by a masked weight goes
+    through the sparse kernels where they are faster on this device, the rest is dense: ``.report``
+    of the result says which. The dense weight stays beside the packed one for the batch sizes at
+    which it is faster; ``release_dense=True`` keeps the packed one alone. On CUDA, faster is meant
+    as time on the device: at small batches, put the program in a CUDA graph, or launching the
+    sparse kernels takes longer than they run.
 
     Before ``torch.export.load`` sees the file, its checksums, its metadata and the shapes of its
     packed weights are checked, and a file that holds pickled tensors, custom objects or compiled
@@ -45,6 +51,10 @@ def load(
         device: where the program is to run, whatever the device it was exported on.
         sparse_threshold: ``"auto"`` takes the sparse kernel where it was measured faster; a number
             in [0, 1] forces it from that sparsity on, 1.0 turns it off.
+        release_dense: keep no dense copy of a weight that matmuls alone read, if its packed form is
+            smaller. Where no sparse kernel is fast it is expanded for the call. Such weights are
+            no parameters of the result any more, and those that share their input are packed and
+            multiplied as one.
 
     Returns:
         Module with the parameter names of the exported model, for inference.
@@ -76,7 +86,7 @@ def load(
     check_weights(name, metadata, program.state_dict)
     plain = program.module()
     module = SparseModule(plain, plain.graph, "SparseModule")
-    return module._set_up(metadata, torch.device(device), sparse_threshold, name)
+    return module._set_up(metadata, torch.device(device), sparse_threshold, release_dense, name)
 
 
 def _check_environment(metadata: Metadata, path: str) -> None:
@@ -95,6 +105,20 @@ def _check_environment(metadata: Metadata, path: str) -> None:
         )
 
 
+def _made(make: Callable[[], Tensor], path: str) -> Tensor:
+    try:
+        return make()
+    except ArgumentError as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: str, error: Exception) -> ArtifactError:
+    return ArtifactError(
+        f"{path}: expected bitmaps that fit their values, got: {error}; the file is damaged or was "
+        "changed, copy it again or export the model again"
+    )
+
+
 @dataclass
 class _Loaded:
     """What a loaded module knows of itself; kept in ``GraphModule.meta``, which copies carry."""
@@ -102,6 +126,7 @@ class _Loaded:
     metadata: Metadata
     device: torch.device
     threshold: float | Literal["auto"]
+    release_dense: bool
     report: PassReport
 
 
@@ -109,9 +134,9 @@ class SparseModule(fx.GraphModule):
     """A committed program: call it with the positional inputs that the model was exported with.
 
     For inference: parameters take no gradient and ``train()`` raises. Parameter names are the
-    exported model's; a weight that runs sparse has its compressed rows in buffers beside it, so
-    changing such a weight in place has no effect on them. ``.to(device)`` moves the program and
-    chooses kernels anew.
+    exported model's; a weight that runs sparse is packed in buffers beside it, so changing such a
+    weight in place has no effect on them, and with ``release_dense`` only they are there.
+    ``.to(device)`` moves the program and chooses kernels anew.
     """
 
     def _set_up(
@@ -119,29 +144,37 @@ class SparseModule(fx.GraphModule):
         metadata: Metadata,
         device: torch.device,
         threshold: float | Literal["auto"],
+        release_dense: bool,
         path: str,
     ) -> SparseModule:
-        self.to(device)  # packed: fewer bytes to move
         try:
-            unpack_weights(self, {w.values: w.name for w in metadata.weights if w.packed})
+            packed = {w.values: w.name for w in metadata.weights if w.packed}
+            held, _ = unpack_weights(self, packed, device)
         except (ArgumentError, KeyError, AttributeError) as error:
-            raise ArtifactError(
-                f"{path}: expected bitmaps that fit their values, got: {error}; the file is "
-                "damaged or was changed, copy it again or export the model again"
-            ) from error
+            raise _damaged(path, error) from error
+        self.to(device)  # all but the weights that are held
+        report = PassReport("choose_kernels")
+        self.meta[_LOADED] = _Loaded(metadata, device, threshold, release_dense, report)
+        self._settle(
+            device, {name: functools.partial(_made, make, path) for name, make in held.items()}
+        )
         self.requires_grad_(False)
-        self.meta[_LOADED] = _Loaded(metadata, device, threshold, PassReport("choose_kernels"))
-        self._settle(device)
         return self
 
-    def _settle(self, device: torch.device) -> None:
-        """Make the graph fit for ``device``."""
+    def _settle(self, device: torch.device, held: Held | None = None) -> None:
+        """Make the graph fit for ``device``; ``held`` makes the weights that it does not have."""
         loaded: _Loaded = self.meta[_LOADED]
         move_device(self, device)
         sparsities = {w.name: 1 - w.nnz / max(w.numel, 1) for w in loaded.metadata.weights}
-        threshold = 1.0 if device.type == "meta" else loaded.threshold  # nothing to pack there
-        loaded.report = choose_kernels(self, sparsities, device, threshold)
         loaded.device = device
+        loaded.report = choose_kernels(
+            self,
+            sparsities,
+            device,
+            1.0 if device.type == "meta" else loaded.threshold,  # nothing to pack there
+            release_dense=loaded.release_dense and device.type != "meta",
+            held=held,
+        )
 
     @property
     def metadata(self) -> Metadata:

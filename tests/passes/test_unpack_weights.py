@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 from resu_compile.errors import ArgumentError
+from resu_compile.passes.choose_kernels import choose_kernels
 from resu_compile.passes.fold_commit import PACKED, fold_commit
 from resu_compile.passes.unpack_weights import unpack_weights
+
+CPU = torch.device("cpu")
 
 
 def committed(model, mask_name, x):
@@ -27,11 +30,13 @@ def test_by_text_and_numbers():
     model, x = nn.Sequential(nn.Linear(8, 4), nn.ReLU()), torch.randn(3, 8)
     gm = committed(model, "0.weight", x)
     assert "unpack_weight" in str(gm.graph)
-    report = unpack_weights(gm, names_of(gm))
+    held, report = unpack_weights(gm, names_of(gm), CPU)
     assert "unpack_weight" not in str(gm.graph)
     assert "get_attr[target=0.weight]" in str(gm.graph)
+    assert set(gm.state_dict()) == {"0.bias"}  # nothing is packed or dense before it is asked for
+    assert held["0.weight"]().equal(model[0].weight)
+    choose_kernels(gm, {"0.weight": 0.7}, CPU, 1.0, held=held)
     assert set(gm.state_dict()) == {"0.weight", "0.bias"}
-    assert torch.equal(gm.get_parameter("0.weight"), model[0].weight)
     assert not gm.get_parameter("0.weight").requires_grad
     assert torch.equal(gm(x), model(x))
     assert list(report.rewritten) == ["0.weight"]
@@ -41,7 +46,9 @@ def test_graph_without_packed_weights_stays():
     model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(3, 8)
     gm = torch.export.export(model, (x,), strict=False).module()
     code = gm.code
-    assert unpack_weights(gm, {}).rewritten == {}
+    held, report = unpack_weights(gm, {}, CPU)
+    assert held == {}
+    assert report.rewritten == {}
     assert gm.code == code
 
 
@@ -49,5 +56,6 @@ def test_bitmap_that_does_not_fit():
     model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(3, 8)
     gm = committed(model, "0.weight", x)
     gm.get_buffer("0.weight_bits").bitwise_xor_(1)
+    held, _ = unpack_weights(gm, names_of(gm), CPU)
     with pytest.raises(ArgumentError, match="one a value"):
-        unpack_weights(gm, names_of(gm))
+        held["0.weight"]()
