@@ -5,10 +5,10 @@ Every weight is shown, also where nothing was gained, and every parameter left o
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tabulate import tabulate
@@ -17,10 +17,32 @@ from torch import nn
 from resu_compile.capture import CapturedGraph, capture
 from resu_compile.config import CompileConfig
 from resu_compile.errors import ArgumentError
+from resu_compile.kernels.plan import BUCKET_ROWS, Kernel, batch_bucket
 from resu_compile.passes.find_weights import WeightSite
 from resu_compile.reporting import checked_controller, packed_bytes, shape_text
 from resu_compile.runtime.controller import Controller
 from resu_compile.selection import named_weights
+from resu_compile.state import MaskedWeight
+
+if TYPE_CHECKING:
+    from resu_compile.runtime.plans import Plan
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """What computes one product at one range of batch sizes, and the times behind the choice.
+
+    Attributes:
+        rows: rows of x: the call's, or where they change the most of the range.
+        kernel: name of the kernel, lower case.
+        dense_ms: measured milliseconds of the dense product, None if not measured.
+        sparse_ms: of the kernel that runs; where that is the dense one, of the fastest other.
+    """
+
+    rows: int
+    kernel: str
+    dense_ms: float | None
+    sparse_ms: float | None
 
 
 @dataclass(frozen=True)
@@ -36,9 +58,13 @@ class SiteRow:
         sparsity: share of pruned entries of the parameter.
         kernel_dense: kernel in the DENSE phase.
         kernel_sparse: kernel in the SPARSE phase, at inference; training keeps the dense product.
+            Several, as in ``"rows to 2, tiles to 64, dense"``, where the batch size may change.
         kernel_resu: kernel in the RESU phase.
-        dense_ms: measured time of the dense product in milliseconds, None if not measured.
-        sparse_ms: measured time of the sparse product in milliseconds, None if not measured.
+        merged_with: the other parameters of the product in the SPARSE phase, where weights of one
+            input are multiplied as one; kernel and times are then those of all together.
+        choices: the kernel of each batch size in question, with its times.
+        times_from: where the times come from: ``"measured"`` now, ``"cache"`` of an earlier
+            measurement, ``"shipped"`` with the package; else why there are none.
         bytes_dense: bytes of the weight as a plain tensor.
         bytes_packed: bytes of its active values and mask.
         reason: why the sparse kernel is not taken; empty if it is.
@@ -53,11 +79,22 @@ class SiteRow:
     kernel_dense: str
     kernel_sparse: str
     kernel_resu: str
-    dense_ms: float | None
-    sparse_ms: float | None
+    merged_with: tuple[str, ...]
+    choices: tuple[KernelRow, ...]
+    times_from: str
     bytes_dense: int
     bytes_packed: int
     reason: str
+
+    @property
+    def dense_ms(self) -> float | None:
+        """Time of the dense product where the batch size is known, None if not measured."""
+        return self.choices[0].dense_ms if len(self.choices) == 1 else None
+
+    @property
+    def sparse_ms(self) -> float | None:
+        """The same of what is weighed against it."""
+        return self.choices[0].sparse_ms if len(self.choices) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -85,11 +122,13 @@ class Explanation:
                 row.parameter,
                 row.op + "".join(f" <- {view}" for view in reversed(row.views)),
                 shape_text(row.shape),
-                row.rows,
+                _lines([choice.rows for choice in row.choices]) or row.rows,
                 f"{row.sparsity:.2%}",
-                f"{row.kernel_dense} / {row.kernel_sparse} / {row.kernel_resu}",
-                row.dense_ms,
-                row.sparse_ms,
+                f"{row.kernel_dense} / {row.kernel_sparse} / {row.kernel_resu}"
+                + "".join(f"\nas one with {other}" for other in row.merged_with),
+                _lines([choice.dense_ms for choice in row.choices]),
+                _lines([choice.sparse_ms for choice in row.choices]),
+                row.times_from,
                 row.bytes_dense,
                 row.bytes_packed,
                 row.reason,
@@ -97,8 +136,10 @@ class Explanation:
             for row in self.sites
         ]
         head = ["parameter", "op", "shape", "rows", "pruned", "kernel dense / sparse / resu"]
-        head += ["dense ms", "sparse ms", "bytes dense", "bytes packed", "dense because"]
-        sites = tabulate(body, headers=head, floatfmt=".4f")
+        head += ["dense ms", "sparse ms", "times", "bytes dense", "bytes packed", "dense because"]
+        right = ("right",)
+        align = ("left",) * 3 + right * 2 + ("left",) + right * 2 + ("left",) + right * 2
+        sites = tabulate(body, headers=head, colalign=(*align, "left") if body else None)
         skipped = tabulate(self.skipped.items(), headers=["left dense", "because"])
         title = f"{len(self.sites)} weight sites in {self.graphs} graph(s), on {self.device}"
         return f"{title}\n\n{sites}\n\n{skipped}"
@@ -125,12 +166,7 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
     inner: nn.Module = getattr(model, "_orig_mod", model)
     names = {id(weight.parameter): weight.name for weight in named_weights(inner)}
     graphs = capture(inner, *inputs, **kwargs)
-    rows = [
-        _explain_site(site, graph, names[id(graph.parameters[site.index])], controller)
-        for graph in graphs
-        for site in graph.sites
-        if id(graph.parameters[site.index]) in names
-    ]
+    rows = [row for graph in graphs for row in _explain_graph(graph, names, controller)]
     found = {row.parameter for row in rows}
     if controller is None:
         skipped = {n: "no matmul multiplies by it" for n in names.values() if n not in found}
@@ -143,37 +179,63 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
     return Explanation(tuple(rows), skipped, len(graphs), device)
 
 
-def _explain_site(
-    site: WeightSite, graph: CapturedGraph, name: str, controller: Controller | None
-) -> SiteRow:
-    from resu_compile.runtime.measure import linear_times
-    from resu_compile.runtime.variants import rows_and_dtype, sparse_choice, uses_cuda_graphs
+def _explain_graph(
+    graph: CapturedGraph, names: Mapping[int, str], controller: Controller | None
+) -> Iterator[SiteRow]:
+    """The sites of one graph, with the products that replace them."""
+    from resu_compile.runtime.sparse_products import choose_products
 
-    parameter = graph.parameters[site.index]
-    weight = controller.weights.get(name) if controller else None
+    of_site = {
+        position: names[id(graph.parameters[site.index])]
+        for position, site in enumerate(graph.sites)
+        if id(graph.parameters[site.index]) in names
+    }
     config = controller.compile_config if controller else CompileConfig()
-    rows, dtype = rows_and_dtype(site)
-    dense_ms = sparse_ms = None
-    buckets = 0
+    masked = controller.weights if controller else {}
+    weights = {
+        graph.sites[position].index: masked[name]
+        for position, name in of_site.items()
+        if name in masked
+    }
+    products = {
+        position: product
+        for product in choose_products(graph.gm, graph.sites, weights, config)
+        for position in product.sites
+    }
+    for position, name in of_site.items():
+        product = products.get(position)
+        others = [i for i in product.sites if i != position] if product else []
+        yield _explain_site(
+            graph.sites[position],
+            name,
+            graph.parameters[graph.sites[position].index],
+            masked.get(name),
+            config,
+            product.plan if product else None,
+            tuple(of_site[i] for i in others),
+        )
+
+
+def _explain_site(
+    site: WeightSite,
+    name: str,
+    parameter: nn.Parameter,
+    weight: MaskedWeight | None,
+    config: CompileConfig,
+    plan: Plan | None,
+    merged_with: tuple[str, ...],
+) -> SiteRow:
+    from resu_compile.runtime.sparse_products import rows_and_dtype, sparse_plan
+
+    rows, _ = rows_and_dtype(site)
     reason = site.reason
     nnz = weight.nnz if weight else int(torch.count_nonzero(parameter))
     if weight is None:
         reason = reason or "no mask"
     elif site.form is not None:
-        out_features, in_features = reversed(weight.shape) if site.transposed else weight.shape
-        buckets = sparse_choice(site, weight, config)
-        if rows is not None:
-            times = linear_times(
-                parameter.device,
-                out_features,
-                in_features,
-                weight.sparsity,
-                dtype or parameter.dtype,
-                rows,
-                cuda_graphs=uses_cuda_graphs(config),
-            )
-            dense_ms, sparse_ms = _measured(times.dense_ms), _measured(times.sparse_ms)
-        reason = "" if buckets else _why_dense(config, weight.sparsity, sparse_ms)
+        plan = plan or sparse_plan(site, weight, config)  # a product only where not dense
+        reason = _why_dense(plan)
+    choices = _choices(plan, rows) if plan else ()
     dense_bytes = parameter.numel() * parameter.element_size()
     return SiteRow(
         parameter=name,
@@ -183,26 +245,57 @@ def _explain_site(
         rows=rows,
         sparsity=weight.sparsity if weight else 0.0,
         kernel_dense="dense",
-        kernel_sparse="csr" if buckets else "dense",
+        kernel_sparse=_kernels_text(choices),
         kernel_resu="dense",
-        dense_ms=dense_ms,
-        sparse_ms=sparse_ms,
+        merged_with=merged_with,
+        choices=choices,
+        times_from=plan.source if plan else "",
         bytes_dense=dense_bytes,
         bytes_packed=min(packed_bytes(parameter, nnz), dense_bytes) if weight else dense_bytes,
         reason=reason,
     )
 
 
-def _measured(time_ms: float) -> float | None:
-    return None if math.isnan(time_ms) else time_ms
+def _choices(plan: Plan, rows: int | None) -> tuple[KernelRow, ...]:
+    """The plan at ``rows`` rows of x, or at every batch size."""
+    if rows is not None:
+        return (_choice(plan, batch_bucket(rows), rows),)
+    return tuple(_choice(plan, i, most) for i, most in enumerate(BUCKET_ROWS))
 
 
-def _why_dense(config: CompileConfig, sparsity: float, sparse_ms: float | None) -> str:
-    threshold = config.sparse_threshold
-    if threshold == 1.0:
-        return "sparse_threshold=1.0 turns the sparse kernel off"
-    if sparse_ms is None:
-        return "no sparse kernel for this device, dtype and size"
-    if threshold == "auto":
-        return "dense measured faster, or too small or dense to gain"
-    return f"sparsity {sparsity:.2%} is under sparse_threshold={threshold}"
+def _choice(plan: Plan, bucket: int, rows: int) -> KernelRow:
+    kernel, times = plan.kernels[bucket], plan.times_ms.get(bucket, {})
+    if kernel is Kernel.DENSE:
+        sparse = [ms for other, ms in times.items() if other is not Kernel.DENSE]
+        sparse_ms = min(sparse, default=None)
+    else:
+        sparse_ms = times.get(kernel)
+    return KernelRow(rows, kernel.name.lower(), times.get(Kernel.DENSE), sparse_ms)
+
+
+def _kernels_text(choices: Sequence[KernelRow]) -> str:
+    """Each kernel with the largest batch that it runs, in order; the last runs all larger ones."""
+    runs = [
+        (kernel, max(choice.rows for choice in run))
+        for kernel, run in itertools.groupby(choices, lambda choice: choice.kernel)
+    ]
+    if not runs:
+        return "dense"
+    return ", ".join([*(f"{kernel} to {rows}" for kernel, rows in runs[:-1]), runs[-1][0]])
+
+
+def _lines(values: Sequence[int | float | None]) -> str:
+    """One value a line; milliseconds with four digits behind the point."""
+    if all(value is None for value in values):
+        return ""
+    return "\n".join(
+        "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+        for value in values
+    )
+
+
+def _why_dense(plan: Plan) -> str:
+    """Why no sparse kernel runs at any batch size; empty if one does."""
+    if not plan.is_dense:
+        return ""
+    return "no sparse kernel measured faster" if plan.times_ms else plan.source

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 import torch
@@ -9,7 +8,9 @@ from torch import nn
 
 import resu_compile as resu
 from resu_compile.errors import ArgumentError, ArgumentTypeError
-from resu_compile.runtime import measure, variants
+from resu_compile.kernels.plan import BUCKET_ROWS, Kernel, batch_bucket
+from resu_compile.runtime import sparse_products
+from resu_compile.runtime.plans import Plan
 from tests.test_reporting import Net
 
 X = torch.randn(4, 8)
@@ -25,10 +26,14 @@ def times(monkeypatch):
     """Times that say which kernel is faster; nothing is measured."""
 
     def set_times(dense_ms, sparse_ms):
-        found = measure.LinearTimes(dense_ms, sparse_ms)
-        monkeypatch.setattr(measure, "linear_times", lambda *_, **__: found)
-        faster = 63 if sparse_ms < dense_ms else 0
-        monkeypatch.setattr(variants, "sparse_buckets", lambda *_, **__: faster)
+        faster = Kernel.CSR if sparse_ms < dense_ms else Kernel.DENSE
+        measured = {Kernel.DENSE: dense_ms, Kernel.CSR: sparse_ms}
+        plan = Plan(
+            (faster,) * len(BUCKET_ROWS),
+            dict.fromkeys(range(len(BUCKET_ROWS)), measured),
+            "shipped",
+        )
+        monkeypatch.setattr(sparse_products, "choose_plan", lambda *_, **__: plan)
 
     set_times(2.0, 1.0)
     return set_times
@@ -69,25 +74,70 @@ def test_explain_says_where_dense_wins(times):
     times(1.0, 2.0)
     site = resu.explain(model, X).sites[0]
     assert (site.kernel_sparse, site.dense_ms, site.sparse_ms) == ("dense", 1.0, 2.0)
-    assert site.reason == "dense measured faster, or too small or dense to gain"
-    times(math.nan, math.nan)
-    site = resu.explain(model, X).sites[0]
+    assert site.times_from == "shipped"
+    assert site.reason == "no sparse kernel measured faster"
+
+
+def test_explain_says_why_nothing_was_measured():
+    site = resu.explain(resu.sparsify(Net(), 0.75, compile=False), X).sites[0]
     assert (site.dense_ms, site.sparse_ms) == (None, None)
-    assert site.reason == "no sparse kernel for this device, dtype and size"
+    assert site.reason == site.times_from == "not measured: fewer than 64 * 64 elements"
 
 
-@pytest.mark.usefixtures("times")
+def test_explain_shows_every_batch_size_where_it_may_change(monkeypatch):
+    kernels = [Kernel.ROWS] * 2 + [Kernel.TILES] * 5 + [Kernel.DENSE] * 3
+    measured = {
+        batch_bucket(1): {Kernel.DENSE: 4.0, Kernel.TILES: 3.0, Kernel.ROWS: 1.0},
+        batch_bucket(128): {Kernel.DENSE: 5.0, Kernel.TILES: 6.0},
+    }
+    plan = Plan(tuple(kernels), measured, "cache, measured")
+    monkeypatch.setattr(sparse_products, "choose_plan", lambda *_, **__: plan)
+    x = torch.randn(4, 8)
+    torch._dynamo.mark_dynamic(x, 0)
+    explanation = resu.explain(resu.sparsify(Net(), 0.75, compile=False), x)
+    site = explanation.sites[0]
+    assert site.rows is None
+    assert site.kernel_sparse == "rows to 2, tiles to 64, dense"
+    assert [choice.rows for choice in site.choices] == list(BUCKET_ROWS)
+    assert (site.choices[0].dense_ms, site.choices[0].sparse_ms) == (4.0, 1.0)
+    last = site.choices[batch_bucket(128)]
+    assert (last.kernel, last.dense_ms, last.sparse_ms) == ("dense", 5.0, 6.0)
+    assert (site.dense_ms, site.choices[4].sparse_ms, site.reason) == (None, None, "")
+    text = str(explanation)
+    assert "dense / rows to 2, tiles to 64, dense / dense" in text
+    assert "cache, measured" in text
+    assert "4.0000" in text
+    assert "6.0000" in text
+
+
 @pytest.mark.parametrize(
     ("threshold", "reason"),
     [
-        (1.0, "sparse_threshold=1.0 turns the sparse kernel off"),
+        (1.0, "sparse_threshold=1.0 turns the sparse kernels off"),
         (0.9, "sparsity 75.00% is under sparse_threshold=0.9"),
     ],
 )
-def test_explain_says_why_a_threshold_keeps_dense(threshold, reason, monkeypatch):
-    monkeypatch.setattr(variants, "sparse_buckets", measure.sparse_buckets)
+def test_explain_says_why_a_threshold_keeps_dense(threshold, reason):
     model = resu.sparsify(Net(), 0.75, compile=False, sparse_threshold=threshold)
     assert resu.explain(model, X).sites[0].reason == reason
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8, bias=False), nn.Linear(8, 4, bias=False)
+
+    def forward(self, x):
+        return self.q(x), self.k(x)
+
+
+def test_explain_shows_what_is_multiplied_as_one(times):
+    model = resu.sparsify(Attention().eval(), 0.75, compile=False)
+    sites = resu.explain(model, X).sites
+    assert [site.merged_with for site in sites] == [("k.weight",), ("q.weight",)]
+    assert "as one with k.weight" in str(resu.explain(model, X))
+    times(1.0, 2.0)
+    assert [site.merged_with for site in resu.explain(model, X).sites] == [(), ()]
 
 
 @pytest.mark.usefixtures("times")
