@@ -7,6 +7,7 @@ parameter names and the ``state_dict()`` keys stay the model's own.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +21,7 @@ from resu_compile.kernels.bit_rank import block_ranks, gather_by_rank, scatter_b
 from resu_compile.kernels.effective_weight import route_gradient
 from resu_compile.kernels.mask_bits import pack_mask, unpack_mask, zero_where_
 from resu_compile.phase import Routing
+from resu_compile.runtime.released import hollow, is_released, refill
 from resu_compile.selection import NamedWeight
 
 if TYPE_CHECKING:
@@ -242,6 +244,8 @@ class MaskedWeight:
         self._clean_value = _stamp(parameter)
 
     def _is_zeroed(self, parameter: nn.Parameter) -> bool:
+        if is_released(parameter):  # there is nothing to be written to
+            return True
         return self.trusts_versions and _stamp(parameter) == self._clean_value
 
     def trust_value(self, parameter: nn.Parameter) -> None:
@@ -251,6 +255,26 @@ class MaskedWeight:
     def distrust_value(self) -> None:
         """Note that the pruned entries may hold anything."""
         self._clean_value = None
+
+    # -- without dense storage -----------------------------------------------------------------
+    @property
+    def is_released(self) -> bool:
+        """Whether only packed forms of the value are left."""
+        return is_released(self.parameter)
+
+    def dense(self) -> Tensor:
+        """The value, unpacked if need be; the parameter's own memory if not."""
+        return self.parameter.detach()
+
+    def release_value(self, read: Callable[[], Tensor]) -> int:
+        """Free the dense storage; ``read`` gives the value from now on. Returns the bytes."""
+        return hollow(self.parameter, self.name, read)
+
+    def restore_value(self) -> None:
+        """Store the value densely again."""
+        if self.is_released:
+            refill(self.parameter)
+            self._clean_value = None
 
     # -- the gradient ------------------------------------------------------------------------
     def note_graph_gradient(self, grad: Tensor, routing: Routing) -> None:
@@ -329,6 +353,8 @@ class MaskedWeight:
         Returns:
             bool, shape (), on the parameter's device; None if there is nothing to look at.
         """
+        if is_released(parameter):
+            return None
         known = [parameter.detach()] if self._is_zeroed(parameter) else []
         if parameter.grad is not None and self._is_clean(parameter.grad, Routing.ACTIVE):
             known.append(parameter.grad.detach())

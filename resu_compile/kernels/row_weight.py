@@ -137,6 +137,7 @@ def pack_rows(
     blocks: int | None = None,
     gap_bits: int | None = None,
     like: RowWeight | None = None,
+    spare: float = 0.0,
 ) -> RowWeight:
     """Exact storage of the kept entries of ``weight``.
 
@@ -146,6 +147,7 @@ def pack_rows(
         blocks: runs of rows; None takes the multiprocessors of the device, or a multiple of them.
         gap_bits: 4 or 8; None takes the smaller result.
         like: a packed weight of the same shape whose sizes are taken over where the entries fit.
+        spare: share of further room in each run, so that other masks of as many entries fit.
 
     Raises:
         WeightError: ``weight`` is no floating point matrix, or is empty or too large.
@@ -198,6 +200,9 @@ def pack_rows(
     first, room, capacity = _divide(groups, group_stop, blocks)
     if like is not None and like.capacity >= capacity and like.room >= room:
         room, capacity = like.room, like.capacity
+    elif spare:
+        room += cdiv(int(room * spare * 1000), 1000)
+        capacity = cdiv(int(capacity * (1.0 + spare)), CHUNK) * CHUNK
     total = blocks * capacity
     if total * GROUP > MAX_ENTRIES:
         raise WeightError(

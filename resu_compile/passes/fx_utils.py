@@ -109,9 +109,9 @@ def _written_and_returned(graph: fx.Graph) -> tuple[set[int], set[int]]:
         first = first_operand(node)
         sources = first if isinstance(first, (tuple, list)) else [first]  # _foreach_mul_([w], 2)
         found = [origin[s] for s in sources if isinstance(s, fx.Node) and s in origin]
-        if found and _writes(node):
+        if found and writes(node):
             written.update(found)
-        if found and (call_name(node) in ALIASES or _writes(node)):
+        if found and (call_name(node) in ALIASES or writes(node)):
             origin[node] = found[0]
         out = node.kwargs.get("out")
         if isinstance(out, fx.Node) and out in origin:
@@ -119,7 +119,8 @@ def _written_and_returned(graph: fx.Graph) -> tuple[set[int], set[int]]:
     return written, set()
 
 
-def _writes(node: fx.Node) -> bool:
+def writes(node: fx.Node) -> bool:
+    """Whether a call writes into one of its operands."""
     if isinstance(node.target, torch._ops.OpOverload):
         first = node.target._schema.arguments[0]
         return first.alias_info is not None and first.alias_info.is_write

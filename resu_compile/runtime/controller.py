@@ -37,6 +37,7 @@ from resu_compile.runtime.allocation import check_calibration, new_generator, ne
 from resu_compile.runtime.commit import commit_masks, pattern_layouts, takes_score
 from resu_compile.runtime.commit_report import CommitReport, compare_masks
 from resu_compile.runtime.controller_state import PRUNE_ARGUMENTS
+from resu_compile.runtime.dense_release import ReleaseReport, check_dense, request, restore
 from resu_compile.runtime.mask_history import MaskHistory
 from resu_compile.runtime.module_hooks import AfterForward, BeforeForward, ControllerSlot
 from resu_compile.runtime.optimizer_state import zero_state
@@ -89,6 +90,7 @@ class Controller:
     Built by ``sparsify``; reached by ``controller(model)``.
 
     Attributes:
+        released: what ``release_dense`` has freed so far; None unless it was called.
         agree: asked for the masks in place of each new choice, before it is applied; how several
             processes come to the same ones (training/distributed.py).
     """
@@ -114,7 +116,9 @@ class Controller:
         self.agree: Agree | None = None
         self.epoch = 0
         self.structure = 0
+        self.released: ReleaseReport | None = None
         self._phase = phase
+        self._dense_gradients = False
         self._compiled_call: weakref.ref[Any] | None = None
         self._weights: dict[str, MaskedWeight] = {}
         optimizer_hooks.install()
@@ -171,7 +175,7 @@ class Controller:
         if self._phase is Phase.DENSE:
             return Routing.ALL
         if self._phase is Phase.SPARSE:
-            return Routing.ACTIVE
+            return Routing.ALL if self._dense_gradients else Routing.ACTIVE
         assert self.resurrection is not None
         return self.resurrection.routing
 
@@ -222,6 +226,7 @@ class Controller:
             ) from None
         if target is self._phase:
             return
+        check_dense(self, "set_phase")
         if self._phase is Phase.RESU:
             raise PhaseError(
                 f"set_phase: expected phase dense or sparse before switching to {target}, but a "
@@ -234,6 +239,30 @@ class Controller:
         self.epoch += 1
         if target is Phase.SPARSE:
             self._zero_pruned()
+
+    @property
+    def dense_gradients(self) -> bool:
+        """Whether gradients reach the pruned places in the SPARSE phase too."""
+        return self._dense_gradients
+
+    def set_dense_gradients(self, on: bool) -> None:
+        """Let gradients reach the pruned places in the SPARSE phase, or not any more.
+
+        ``.grad`` is then that of a dense weight, for a method that looks at it before the step.
+        The optimizer does not see that part: it is zeroed at the beginning of ``step()``, and
+        pruned places stay 0. A compiled model has one more graph for it, compiled the first time.
+
+        Raises:
+            PhaseError: during a resurrection, which has a routing of its own.
+        """
+        if on and self._phase is Phase.RESU:
+            raise PhaseError(
+                "set_dense_gradients: expected phase dense or sparse, got resu, in which the "
+                "settings of the resurrection say where gradients go; commit() or abandon() first"
+            )
+        if on is not self._dense_gradients:
+            self._dense_gradients = on
+            self.epoch += 1
 
     def _zero_pruned(self) -> None:
         """Weights and known optimizer state are 0 at the pruned places from here on."""
@@ -273,6 +302,7 @@ class Controller:
             ArgumentError: an argument is out of range or unknown.
             WeightError: a weight holds NaN or infinity.
         """
+        check_dense(self, "prune")
         if self._phase is Phase.RESU:
             raise PhaseError(
                 "prune: expected phase dense or sparse, got resu; commit() or abandon() first"
@@ -291,8 +321,46 @@ class Controller:
         masks = new_masks(
             named, config, self.generator, active, calibration=calibration, model=self.model
         )
+        if config.pattern != self.config.pattern:  # what 2:4 kernels rely on
+            self.structure += 1
         self.config = config
         return self._apply(masks, "prune")
+
+    def remask(self, masks: Mapping[str, Tensor], strategy: str = "remask") -> CommitReport:
+        """Make ``masks`` the masks; the phase is sparse afterwards.
+
+        Places that are new start with the value that is there, which is 0 in the SPARSE phase, and
+        with optimizer state 0; places that go lose both; the others keep both.
+
+        Args:
+            masks: parameter name -> bool mask of the weight's shape, True = active, of all weights.
+            strategy: what the report calls it.
+
+        Returns:
+            What changed, per weight.
+
+        Raises:
+            PhaseError: during a resurrection.
+            ArgumentError: a mask is missing, unknown, of another shape or no bool tensor.
+        """
+        if self._phase is Phase.RESU:
+            raise PhaseError(
+                "remask: expected phase dense or sparse, got resu; commit() or abandon() first"
+            )
+        if set(masks) != set(self._weights):
+            raise ArgumentError(
+                f"masks: expected one for each of {sorted(self._weights)}, got {sorted(masks)}"
+            )
+        for name, weight in self._weights.items():
+            mask = masks[name]
+            if mask.dtype is not torch.bool or mask.shape != weight.shape:
+                raise ArgumentError(
+                    f"masks: expected a bool tensor of shape {tuple(weight.shape)} for {name}, "
+                    f"got {mask.dtype} of shape {tuple(mask.shape)}"
+                )
+        check_dense(self, "remask")
+        self.refresh()
+        return self._apply(masks, strategy)
 
     def named_weights(self) -> list[NamedWeight]:
         """The masked weights with their modules and parameters as they are now."""
@@ -348,6 +416,7 @@ class Controller:
         return ResurrectionPhase(self, ResurrectionConfig(lr=lr, **options))
 
     def _begin(self, config: ResurrectionConfig) -> Resurrection:
+        check_dense(self, "resurrect")
         if self._phase is not Phase.SPARSE:
             raise PhaseError(
                 f"resurrect: expected phase sparse, got {self._phase}; "
@@ -362,6 +431,7 @@ class Controller:
             pattern_layouts(self)  # an error before theta is there
         self.resurrection = Resurrection(config)
         self._phase = Phase.RESU
+        self._dense_gradients = False
         self.epoch += 1
         for weight in self._weights.values():
             self.resurrection.init_theta(weight, weight.parameter, self.generator)
@@ -411,6 +481,7 @@ class Controller:
 
         On an error the phase stays resu, with theta in place.
         """
+        check_dense(self, "commit")
         if self._phase is not Phase.RESU or self.resurrection is None:
             raise PhaseError(
                 f"commit: expected phase resu, got {self._phase}; begin one with resurrect()"
@@ -474,6 +545,38 @@ class Controller:
         call = compile_in_place(self, fullgraph=fullgraph, dynamic=dynamic)
         self._compiled_call = weakref.ref(call)  # it holds the model
 
+    def release_dense(self) -> ReleaseReport:
+        """Free the dense storage of the weights that only sparse kernels read; for inference.
+
+        Each is freed at the first compiled call without gradients that uses it, and that call is
+        captured again. The phase stays SPARSE: what needs dense weights (gradients, ``prune``,
+        ``resurrect``, ``load_state_dict``) raises until ``restore_dense()``. ``state_dict()``,
+        copies and eager calls unpack what they read, weight by weight.
+
+        Returns:
+            The report, also at ``released``; it grows as weights are freed.
+
+        Raises:
+            PhaseError: the phase is not sparse.
+        """
+        if self.released is None:
+            self.refresh()
+            self.released = request(self)
+            self._choose_again()
+        return self.released
+
+    def restore_dense(self) -> None:
+        """Undo ``release_dense``: every weight is dense again and may change."""
+        if self.released is not None:
+            restore(self)
+            self.released = None
+            self._choose_again()
+
+    def _choose_again(self) -> None:
+        """Let graphs choose their kernels anew."""
+        self.structure += 1
+        self.epoch += 1
+
     # -- state ---------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """Masks, phase, what ``prune`` goes by, theta's state and the random generator.
@@ -493,6 +596,7 @@ class Controller:
         Raises:
             ArgumentError: not such a state, another version, or other names or shapes of weights.
         """
+        check_dense(self, "load_state_dict")
         controller_state.load_state(self, state)
 
     def snapshot(self) -> dict[str, Any]:
@@ -535,6 +639,7 @@ class Controller:
         """
         if self._phase is Phase.RESU:
             raise PhaseError("release: expected phase dense or sparse, got resu; commit() first")
+        self.restore_dense()
         model = self.model
         for weight in self._weights.values():
             with suppress(WeightError):

@@ -22,16 +22,23 @@ import torch
 from torch import Tensor, fx, nn
 
 from resu_compile.config import CompileConfig
-from resu_compile.errors import WeightError
+from resu_compile.errors import PhaseError, WeightError
+from resu_compile.passes.base import PassReport
 from resu_compile.passes.effective_weight import route_gradients
 from resu_compile.passes.find_weights import WeightSite, find_weights
 from resu_compile.passes.fx_utils import call_name, copy_graph_module
-from resu_compile.passes.sparse_matmul import insert_sparse_matmuls
+from resu_compile.passes.sparse_matmul import drop_unused, insert_sparse_matmuls
 from resu_compile.phase import Phase, Routing
 from resu_compile.runtime.controller import Controller
-from resu_compile.runtime.csr_cache import csr_of
-from resu_compile.runtime.measure import sparse_buckets
 from resu_compile.runtime.module_hooks import unchanged_check
+from resu_compile.runtime.packed_cache import content_of
+from resu_compile.runtime.released import RESTORE
+from resu_compile.runtime.sparse_products import (
+    Product,
+    choose_products,
+    release_unused,
+    signature_of,
+)
 from resu_compile.state import MaskedWeight, masked_weight_of, registry_epoch
 
 logger = logging.getLogger(__name__)
@@ -55,7 +62,8 @@ class _Variant:
     Attributes:
         call: the compiled graph.
         masks: positions of the weights whose packed masks it takes.
-        csr: (position, transposed) of the weights whose row storage it takes, three tensors each.
+        products: what the sparse op computes; those of other weights bring their packed tensors.
+        dropped: positions of the arguments that it does not take: weights without dense storage.
         node_type: class of AOTAutograd's backward node, known after the first call.
         slots: (slot of that node's gradients, position of the weight) of each of ``masks``.
         holds: whether it is right for the sizes among the arguments; None if for all.
@@ -63,7 +71,8 @@ class _Variant:
 
     call: Compiled
     masks: list[int]
-    csr: list[tuple[int, bool]]
+    products: list[Product]
+    dropped: frozenset[int] = frozenset()
     node_type: type | None = None
     slots: list[tuple[int, int]] = field(default_factory=list)
     holds: Callable[[Sequence[Any]], bool] | None = None
@@ -79,7 +88,7 @@ class _Binding:
         self.controllers = list({id(w.controller): w.controller for w in weights.values()}.values())
         self.bits = [(weight, weight.bits) for weight in weights.values()]
         self.structure = -1
-        self.plan: tuple[tuple[int, int], ...] | None = None
+        self.products: tuple[Product, ...] | None = None
         self.runs: dict[Hashable, _Run] = {}
         self.run: _Run | None = None
 
@@ -97,13 +106,19 @@ class _Run:
         self.variant = variant
         own = {id(weight) for weight in binding.weights.values()}
         sparse = [c for c in binding.controllers if c.phase is Phase.SPARSE]
-        self.zeroed = [(i, w) for i, w in binding.weights.items() if w.controller in sparse]
+        self.zeroed = [
+            (i, w)
+            for i, w in binding.weights.items()
+            if w.controller in sparse and i not in variant.dropped
+        ]
         self.zeroed_elsewhere = [
             w for controller in sparse for w in controller.weights.values() if id(w) not in own
         ]
         self.controllers = binding.controllers
-        self.csr = [(binding.weights[i], transposed) for i, transposed in variant.csr]
-        self.csr_keys: list[Any] = []
+        self.binding = binding
+        self.products = [(product, product.of(binding.weights)) for product in variant.products]
+        self.content: list[Any] = []
+        self.layouts: list[Any] = []
         self.extra: list[Tensor] = [binding.weights[i].bits for i in variant.masks]
         self.announce = _announcer(variant, binding.weights)
         self.begin()
@@ -118,20 +133,29 @@ class _Run:
         """Whether masks and phases are those of the beginning."""
         return all([controller.epoch == epoch for controller, epoch in self.epochs])
 
-    def settle(self, args: Sequence[Any]) -> None:
-        """Do what ``Controller.refresh`` does, and keep row storage as of now."""
+    def settle(self, args: Sequence[Any]) -> bool:
+        """Do what ``Controller.refresh`` does, and bring packed weights up to date.
+
+        Returns:
+            False if a packed weight no longer has the sizes that the variant was compiled for.
+        """
         for index, weight in self.zeroed:
             weight.enforce_zeros(args[index])
         for weight in self.zeroed_elsewhere:
             weight.refresh(zero=True)
         for controller, resurrection in self.resurrections:
             resurrection.recover(controller.weights)
-        if self.csr:
-            keys = [weight.content_key() for weight, _ in self.csr]
-            if keys != self.csr_keys:
-                packed = [csr_of(weight, transposed=transposed) for weight, transposed in self.csr]
-                self.extra = [part for csr in packed for part in (csr.ptr, csr.col, csr.val)]
-                self.csr_keys = keys
+        if self.products:
+            content = [content_of(members) for _, members in self.products]
+            if content != self.content:
+                packed = [product.packed(self.binding.weights) for product, _ in self.products]
+                layouts = [signature_of(each) for each in packed]
+                if self.layouts and layouts != self.layouts:
+                    return False
+                self.layouts = layouts
+                self.extra = [tensor for each in packed for tensor in each.tensors()]
+                self.content = content
+        return True
 
 
 class GraphVariants:
@@ -176,7 +200,8 @@ class GraphVariants:
         self._sites: list[WeightSite] | None = None
         binding = self._bind(example_inputs)
         self._warn_of_other_uses(binding)
-        self._prepare(binding)  # errors of the compiler belong to this call
+        if not self._is_releasing(binding):
+            self._prepare(binding)  # errors of the compiler belong to this call
 
     # -- call ----------------------------------------------------------------------------------
     def __call__(self, *args: Any) -> Any:
@@ -186,11 +211,18 @@ class GraphVariants:
             binding = self._bind(args)
         run = binding.run
         if run is None or not run.is_current():
+            if self._is_releasing(binding) and self._release(binding):
+                return self.gm(*args)  # eager this once: Dynamo captures what it now finds
             run = self._prepare(binding)
-        run.settle(args)
+        if not run.settle(args):
+            binding.runs.clear()
+            run = self._prepare(binding)
+            run.settle(args)
         variant = run.variant
         if variant.holds is not None and not variant.holds(args):
             return self.gm(*args)  # eager: gradients are masked where they are accumulated
+        if variant.dropped:
+            args = tuple([v for i, v in enumerate(args) if i not in variant.dropped])
         out = variant.call(*args, *run.extra)
         if run.checks and self.training:
             node = _backward_node(out, args, variant)
@@ -241,7 +273,7 @@ class GraphVariants:
         structure = sum(controller.structure for controller in controllers)
         if binding.structure != structure:  # counts changed
             binding.structure = structure
-            binding.plan = None
+            binding.products = None
             binding.runs.clear()
         state = tuple(
             [(controller.phase, controller.routing) for controller in binding.controllers]
@@ -262,9 +294,9 @@ class GraphVariants:
         if self.training:
             return tuple((i, w.controller.routing) for i, w in binding.weights.items())
         return tuple(
-            (position, buckets, binding.weights[self.sites[position].index].nnz)
-            for position, buckets in self._plan(binding)
-        )
+            (product.sites, product.plan.kernels, signature_of(product.packed(binding.weights)))
+            for product in self._products(binding)
+        ), tuple(i for i, weight in binding.weights.items() if weight.is_released)
 
     @property
     def sites(self) -> list[WeightSite]:
@@ -273,45 +305,74 @@ class GraphVariants:
             self._sites, _ = find_weights(self.gm, self._parameters)
         return self._sites
 
-    def _plan(self, binding: _Binding) -> tuple[tuple[int, int], ...]:
-        """(site, batch buckets) of every site that takes the sparse kernel now."""
-        if binding.plan is None:
-            binding.plan = tuple(self._choose(binding))
-        return tuple(
-            (position, buckets)
-            for position, buckets in binding.plan
-            if binding.weights[self.sites[position].index].controller.phase is Phase.SPARSE
-        )
-
-    def _choose(self, binding: _Binding) -> Iterator[tuple[int, int]]:
-        for position, site in enumerate(self.sites):
-            weight = binding.weights.get(site.index)
-            if weight is not None and site.form is not None:
-                buckets = sparse_choice(site, weight, self.config)
-                if buckets:
-                    yield position, buckets
+    def _products(self, binding: _Binding) -> list[Product]:
+        """What the sparse op computes now."""
+        if binding.products is None:
+            binding.products = tuple(
+                choose_products(self.gm, self.sites, binding.weights, self.config)
+            )
+        return [
+            product
+            for product in binding.products
+            if all(w.controller.phase is Phase.SPARSE for w, _ in product.of(binding.weights))
+        ]
 
     # -- compile -------------------------------------------------------------------------------
     def _compile(self, binding: _Binding) -> _Variant:
         weights = binding.weights
         masks: list[int] = []
-        csr: list[tuple[int, bool]] = []
+        products: list[Product] = []
+        dropped: frozenset[int] = frozenset()
         if self.training:
             routings: dict[int, Routing] = {
                 i: w.controller.routing for i, w in weights.items() if w.parameter.requires_grad
             }
             gm, masks, report = route_gradients(self.gm, routings)
         else:
-            gm, csr, report = insert_sparse_matmuls(self.gm, self.sites, dict(self._plan(binding)))
+            gm, products, report = self._with_sparse_products(binding)
+            dropped = frozenset(i for i, weight in weights.items() if weight.is_released)
+            if left := dropped - drop_unused(gm, dropped):
+                return self._eager_variant([weights[i].name for i in sorted(left)])
         logger.debug("%s", report)
         extra: list[Tensor] = [weights[i].bits for i in masks]
-        for index, transposed in csr:
-            packed = csr_of(weights[index], transposed=transposed)
-            extra += (packed.ptr, packed.col, packed.val)
-        variant = _Variant(self._compile_graph(gm, extra), masks, csr)
+        for product in products:
+            extra += product.packed(binding.weights).tensors()
+        variant = _Variant(self._compile_graph(gm, extra), masks, products, dropped)
         variant.holds = self._size_check(gm)
         self.compile_count += 1
         return variant
+
+    def _with_sparse_products(
+        self, binding: _Binding
+    ) -> tuple[fx.GraphModule, list[Product], PassReport]:
+        """The graph with the products of now, and those that bring its further inputs."""
+        products = {product.source: product for product in self._products(binding)}
+        calls = [product.call(binding.weights) for product in self._products(binding)]
+        gm, sources, report = insert_sparse_matmuls(self.gm, self.sites, calls)
+        return gm, [products[source] for source in sources], report
+
+    def _eager_variant(self, names: Sequence[str]) -> _Variant:
+        logger.warning(
+            "this graph uses %s otherwise than as the weight of a matmul, but release_dense() "
+            "freed the dense storage: it runs eagerly and unpacks the weights at each call",
+            ", ".join(names),
+        )
+        return _Variant(self.gm, [], [])
+
+    # -- release -------------------------------------------------------------------------------
+    def _is_releasing(self, binding: _Binding) -> bool:
+        """Whether dense storage of these weights may be freed."""
+        return any(controller.released is not None for controller in binding.controllers)
+
+    def _release(self, binding: _Binding) -> bool:
+        """Free the dense storage that this graph does not need; whether there was any."""
+        if self.training:
+            raise PhaseError(
+                "expected a call without gradients, because release_dense() was asked for, which "
+                f"is for inference; use torch.no_grad() or torch.inference_mode(); {RESTORE}"
+            )
+        gm, products, _ = self._with_sparse_products(binding)
+        return release_unused(gm, products, binding.weights)
 
     def _compile_graph(self, gm: fx.GraphModule, extra: Sequence[Tensor]) -> Compiled:
         placeholders = gm.graph.find_nodes(op="placeholder")
@@ -384,47 +445,6 @@ def _find_replaced(identity: Iterable[int]) -> None:
                 continue
             if id(current) in wanted and masked_weight_of(current) is not weight:  # type: ignore[arg-type]
                 weight.bind()
-
-
-# -- the sparse choice -------------------------------------------------------------------------
-def sparse_choice(site: WeightSite, weight: MaskedWeight, config: CompileConfig) -> int:
-    """Bit mask of the batch buckets in which ``site`` takes the sparse kernel; 0 means dense."""
-    rows, dtype = rows_and_dtype(site)
-    out_features, in_features = reversed(weight.shape) if site.transposed else weight.shape
-    return sparse_buckets(
-        weight.parameter.device,
-        out_features,
-        in_features,
-        weight.sparsity,
-        dtype or weight.parameter.dtype,
-        rows,
-        config.sparse_threshold,
-        cuda_graphs=uses_cuda_graphs(config),
-    )
-
-
-def uses_cuda_graphs(config: CompileConfig) -> bool:
-    """Whether mode or options ask Inductor for CUDA graphs."""
-    from torch._inductor import list_mode_options
-
-    name = "triton.cudagraphs"
-    options: dict[str, Any] = list_mode_options(config.mode) if config.mode else {}
-    return bool(config.inductor_options.get(name, options.get(name, False)))
-
-
-def rows_and_dtype(site: WeightSite) -> tuple[int | None, torch.dtype | None]:
-    """Rows of x (None if dynamic) and dtype of the product at ``site``."""
-    out = site.node.meta.get("example_value")
-    if not isinstance(out, Tensor):
-        return None, None
-    sizes = list(out.shape)
-    del sizes[-2 if site.form == "matmul_left" else -1]
-    if not all(isinstance(size, int) for size in sizes):
-        return None, out.dtype
-    rows = 1
-    for size in sizes:
-        rows *= size
-    return rows, out.dtype
 
 
 # -- gradients ---------------------------------------------------------------------------------

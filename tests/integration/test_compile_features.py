@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 import resu_compile as resu
 from resu_compile.config import CompileConfig
-from resu_compile.runtime import variants
+from resu_compile.runtime import sparse_products
 from tests.compiling import Backend, no_recompile
 
 X = torch.randn(4, 8)
@@ -364,13 +364,13 @@ def test_language_models_train_and_generate(make):
 
 def test_generation_takes_the_sparse_kernels(monkeypatch):
     taken = set()
-    csr_of = variants.csr_of
+    packed_of = sparse_products.packed_of
 
-    def watched(weight, *, transposed):
-        taken.add((weight.name, transposed))
-        return csr_of(weight, transposed=transposed)
+    def watched(members, formats):
+        taken.update((weight.name, transposed) for weight, transposed in members)
+        return packed_of(members, formats)
 
-    monkeypatch.setattr(variants, "csr_of", watched)
+    monkeypatch.setattr(sparse_products, "packed_of", watched)
     model = resu.sparsify(gpt2().eval(), 0.6, compile=False)
     with torch.no_grad():
         torch.compile(model, backend=Backend(threshold=0.0))(torch.ones(1, 3, dtype=torch.long))

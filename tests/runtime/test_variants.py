@@ -13,8 +13,9 @@ from torch._dynamo.backends.debugging import aot_eager
 import resu_compile as resu
 from resu_compile.config import CompileConfig
 from resu_compile.errors import MaskChangedError
-from resu_compile.kernels.sparse_linear import ALL_BUCKETS
-from resu_compile.runtime import variants
+from resu_compile.kernels.plan import BUCKET_ROWS, Kernel
+from resu_compile.runtime import sparse_products
+from resu_compile.runtime.plans import Plan
 from tests.compiling import Backend, eager_masking, no_recompile
 
 
@@ -137,13 +138,13 @@ def test_inference_takes_the_sparse_kernel_in_the_sparse_phase_only(monkeypatch)
     model, ctl = sparse()
     call, backend = compiled(model, threshold=0.0)
     taken = []
-    csr_of = variants.csr_of
+    packed_of = sparse_products.packed_of
 
-    def watched(weight, *, transposed):
-        taken.append((weight.name, transposed))
-        return csr_of(weight, transposed=transposed)
+    def watched(members, formats):
+        taken.extend((weight.name, transposed) for weight, transposed in members)
+        return packed_of(members, formats)
 
-    monkeypatch.setattr(variants, "csr_of", watched)
+    monkeypatch.setattr(sparse_products, "packed_of", watched)
     with torch.no_grad():
         torch.testing.assert_close(call(X), model(X))
         assert set(taken) == {("first.weight", False), ("second", True)}
@@ -160,7 +161,7 @@ def test_inference_takes_the_sparse_kernel_in_the_sparse_phase_only(monkeypatch)
 def test_a_threshold_that_no_weight_reaches_keeps_the_dense_product(monkeypatch):
     model, _ = sparse(0.5)
     call, _ = compiled(model, threshold=0.6)
-    monkeypatch.setattr(variants, "csr_of", None)
+    monkeypatch.setattr(sparse_products, "packed_of", None)
     with torch.no_grad():
         torch.testing.assert_close(call(X), model(X))
 
@@ -168,12 +169,13 @@ def test_a_threshold_that_no_weight_reaches_keeps_the_dense_product(monkeypatch)
 def test_auto_takes_the_buckets_that_measured_faster(monkeypatch):
     asked = []
 
-    def faster(*args, cuda_graphs):
-        assert not cuda_graphs
+    def faster(*args, **others):
+        assert others == {"cuda_graphs": False, "release_dense": False, "pattern": None}
         asked.append(args)
-        return ALL_BUCKETS if len(asked) == 1 else 0
+        kernel = Kernel.CSR if len(asked) == 1 else Kernel.DENSE
+        return Plan((kernel,) * len(BUCKET_ROWS))
 
-    monkeypatch.setattr(variants, "sparse_buckets", faster)
+    monkeypatch.setattr(sparse_products, "choose_plan", faster)
     model, ctl = sparse(0.5)
     call, backend = compiled(model, threshold="auto")
     with torch.no_grad():
@@ -182,7 +184,7 @@ def test_auto_takes_the_buckets_that_measured_faster(monkeypatch):
     assert [args[1:] for args in asked] == [(8, 8, 0.5, torch.float32, 4, "auto")] * 2
     (graph,) = backend.graphs
     (run,) = [binding.run for binding in graph._bindings.values()]
-    assert len(run.csr) == 1
+    assert len(run.products) == 1
     ctl.prune(0.75)
     with torch.no_grad():
         call(X)
@@ -201,7 +203,7 @@ def test_auto_takes_the_buckets_that_measured_faster(monkeypatch):
     ],
 )
 def test_cuda_graphs_are_known_from_mode_and_options(config, expected):
-    assert variants.uses_cuda_graphs(config) is expected
+    assert sparse_products.uses_cuda_graphs(config) is expected
 
 
 def test_new_values_reach_the_sparse_kernel():

@@ -1,0 +1,147 @@
+"""A parameter without its dense storage: shape and name stay, the values are read when asked for.
+
+What touches the values in eager mode (a call outside of a compiled graph, ``state_dict()``, a copy)
+works on a dense tensor that is unpacked for it and dropped again; what would write or train raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from resu_compile.errors import PhaseError
+
+RESTORE = "controller(model).restore_dense() brings the dense weights back"
+
+_METADATA = frozenset(
+    {
+        *("shape", "dtype", "device", "layout", "ndim", "itemsize", "names", "name", "is_cuda"),
+        *("is_cpu", "is_meta", "is_sparse", "is_sparse_csr", "is_quantized", "is_mkldnn", "is_mps"),
+        *("is_xpu", "is_nested", "requires_grad", "grad", "grad_fn", "is_leaf", "output_nr"),
+        *("_version", "_base", "_backward_hooks", "_post_accumulate_grad_hooks", "_grad"),
+        *("size", "dim", "numel", "nelement", "stride", "storage_offset", "element_size"),
+        *("data_ptr", "untyped_storage", "is_floating_point", "is_complex", "is_inference"),
+        *("get_device", "is_shared", "is_pinned", "__len__", "__hash__", "requires_grad_"),
+        *("register_hook", "register_post_accumulate_grad_hook"),
+    }
+)
+_SETTABLE = frozenset({"grad", "requires_grad"})
+_READ_ONLY_USES = frozenset({"detach", "data", "clone", "numpy", "tolist"})  # no gradient expected
+
+
+class ReleasedParameter(nn.Parameter):
+    """What the class of a parameter is changed to while its dense storage is freed.
+
+    Attributes:
+        read: gives the dense value, a new tensor of the parameter's shape.
+        weight_name: its name in the model.
+    """
+
+    read: Callable[[], Tensor]
+    weight_name: str
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Metadata is that of the parameter; everything else sees the dense value."""
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # traced: the graph replaces the use, see variants.py
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        name, verb = _name_of(func)
+        known = name in _METADATA if verb != "__set__" else name in _SETTABLE
+        if known:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        target = kwargs.get("out", args[0] if args else None)
+        writes = verb == "__set__" or "out" in kwargs or _writes(name)
+        if writes and isinstance(target, ReleasedParameter):
+            raise PhaseError(
+                f"{target.weight_name}: expected a dense weight to write to ({name}), but "
+                f"release_dense() freed it; {RESTORE}"
+            )
+        if torch.is_grad_enabled() and name not in _READ_ONLY_USES:
+            _refuse_training(args, kwargs)
+        dense = tree_map_only(ReleasedParameter, lambda p: p.read(), (args, dict(kwargs)))
+        return func(*dense[0], **dense[1])
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Shape and dtype; the values stay packed."""
+        del tensor_contents
+        return f"{type(self).__name__}({self.weight_name}, {tuple(self.shape)}, {self.dtype})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        """A plain dense parameter."""
+        copied = memo[id(self)] = nn.Parameter(self.read(), self.requires_grad)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled as a plain dense parameter."""
+        return nn.Parameter(self.read(), self.requires_grad).__reduce_ex__(protocol)
+
+
+def _name_of(func: Callable[..., Any]) -> tuple[str, str]:
+    """Name of what is called or of the attribute; and ``"__get__"`` or ``"__set__"`` of that."""
+    name = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__"):
+        return getattr(getattr(func, "__self__", None), "__name__", ""), name
+    return name, ""
+
+
+def _writes(name: str) -> bool:
+    if name.startswith("__"):
+        return name == "__setitem__" or name.startswith("__i") and name not in _NOT_IN_PLACE
+    return name.endswith("_")
+
+
+_NOT_IN_PLACE = frozenset({"__index__", "__int__", "__invert__", "__iter__", "__init__"})
+
+
+def _refuse_training(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def refuse(parameter: ReleasedParameter) -> None:
+        if parameter.requires_grad:
+            raise PhaseError(
+                f"{parameter.weight_name}: expected a call without gradients, because "
+                "release_dense() freed its dense weight for inference; use torch.no_grad() or "
+                f"torch.inference_mode(); {RESTORE} for training"
+            )
+
+    tree_map_only(ReleasedParameter, refuse, (args, dict(kwargs)))
+
+
+def is_released(parameter: Any) -> bool:
+    """Whether the dense storage of ``parameter`` is freed."""
+    return type(parameter) is ReleasedParameter
+
+
+def hollow(parameter: nn.Parameter, name: str, read: Callable[[], Tensor]) -> int:
+    """Free the storage of ``parameter``, which stays the same object; returns the bytes.
+
+    In its place is one NaN, seen by nothing but code that goes around torch's functions.
+    """
+    size = parameter.numel() * parameter.element_size()
+    with torch.no_grad():
+        stand_in = parameter.new_full((), torch.nan).expand(parameter.shape)
+    parameter.data = stand_in
+    parameter.__class__ = ReleasedParameter
+    released = cast("ReleasedParameter", parameter)
+    released.read, released.weight_name = read, name
+    return size
+
+
+def refill(parameter: nn.Parameter) -> None:
+    """Undo ``hollow``: the parameter is dense and plain again."""
+    released = cast("ReleasedParameter", parameter)
+    dense = released.read()
+    parameter.__class__ = nn.Parameter
+    del released.read, released.weight_name
+    parameter.data = dense
