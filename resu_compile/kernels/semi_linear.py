@@ -1,17 +1,28 @@
 """``x @ weight.T`` by a 2:4 weight, on the sparse tensor cores.
 
-y = activation(x W^T + bias)          W keeps at most 2 of each 4 consecutive inputs
+    y = activation(x W^T + bias)          W keeps at most 2 of each 4 consecutive inputs
+
+float16 and bfloat16 run ``semi_linear.cu`` from compute capability 8.0 on; all else is unpacked and
+multiplied as a dense weight.
 """
 
 from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resu_compile.errors import ArgumentError
+from resu_compile.errors import ArgumentError, KernelUnavailableError
+from resu_compile.kernels._nvrtc import CudaModule, load_module
+from resu_compile.kernels._triton import cdiv
 from resu_compile.kernels.plan import ACTIVATIONS, apply_activation
 from resu_compile.kernels.semi_weight import (
+    COLUMNS,
+    ROWS,
     SemiWeight,
     is_semi_structured,
     pack_semi,
@@ -20,10 +31,14 @@ from resu_compile.kernels.semi_weight import (
 
 __all__ = [
     "SemiWeight",
+    "SemiConfig",
+    "is_available",
     "is_semi_structured",
     "is_supported",
     "pack_semi",
     "semi_linear",
+    "semi_linear_cuda",
+    "semi_config",
     "semi_linear_reference",
     "unpack_semi",
 ]
@@ -47,6 +62,152 @@ def semi_linear_reference(
     return apply_activation(y, activation).to(x.dtype)
 
 
+# -- CUDA ------------------------------------------------------------------------------------
+WARPS = 4  # of a block, as in semi_linear.cu
+SPLITS = (1, 2, 4, 8)  # blocks of a cluster, which share the columns of a row
+
+
+@dataclass(frozen=True)
+class SemiConfig:
+    """How the work of one launch is cut.
+
+    Attributes:
+        tiles: eights of rows of ``x`` in a block: 1, 2, 4 or 8.
+        blocks: sixteens of rows of W that a warp takes.
+        split: blocks that share the columns; above 1 they are a cluster.
+        least_blocks: blocks that fit on a multiprocessor at once, which bounds their registers.
+    """
+
+    tiles: int
+    blocks: int
+    split: int
+    least_blocks: int
+
+    def grid(self, m: int, row_blocks: int) -> int:
+        """Number of blocks for ``m`` rows of ``x`` and ``16 * row_blocks`` rows of W."""
+        return cdiv(m, 8 * self.tiles) * cdiv(row_blocks, WARPS * self.blocks) * self.split
+
+
+def semi_config(
+    m: int, row_blocks: int, chunks: int, processors: int, *, clusters: bool
+) -> SemiConfig:
+    """The cut that gives the busiest multiprocessor the fewest columns of W to read.
+
+    Args:
+        m: rows of ``x``.
+        row_blocks: sixteens of rows of W.
+        chunks: 256s of columns of W.
+        processors: multiprocessors of the device.
+        clusters: whether blocks may share columns (compute capability 9.0 on).
+    """
+    tiles = next((n for n in (1, 2, 4) if m <= 8 * n), 8)
+    blocks = 2 if tiles == 8 else 1
+    least = {1: 5, 2: 5, 4: 4, 8: 2}[tiles]  # registers: at most 96, 96, 128, 255 a thread
+    found = []
+    for split in SPLITS if clusters else SPLITS[:1]:
+        if split <= chunks:
+            config = SemiConfig(tiles, blocks, split, least)
+            load = cdiv(config.grid(m, row_blocks), processors) * cdiv(chunks, split)
+            found.append((load, -split, config))
+    return min(found, key=lambda entry: entry[:2])[2]
+
+
+class _Args(ctypes.Structure):
+    """What the kernel takes, as in semi_linear.cu."""
+
+    _fields_ = [
+        ("values", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
+        ("x", ctypes.c_void_p),
+        ("bias16", ctypes.c_void_p),
+        ("bias32", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("x_stride", ctypes.c_longlong),
+        ("m", ctypes.c_int),
+        ("n", ctypes.c_int),
+        ("k", ctypes.c_int),
+        ("row_blocks", ctypes.c_int),
+        ("chunks", ctypes.c_int),
+        ("activation", ctypes.c_int),
+    ]
+
+
+@functools.cache
+def _device_facts(device: int) -> tuple[int, bool]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.major >= 9
+
+
+def _module(config: SemiConfig, dtype: torch.dtype, device: int) -> CudaModule | None:
+    defines = (
+        ("BF16", int(dtype == torch.bfloat16)),
+        ("TILES", config.tiles),
+        ("BLOCKS", config.blocks),
+        ("SPLIT", config.split),
+        ("LEAST_BLOCKS", config.least_blocks),
+    )
+    return load_module(("semi_linear.cu",), defines, 32 * WARPS, device)
+
+
+def semi_linear_cuda(
+    x: Tensor,
+    packed: SemiWeight,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    *,
+    config: SemiConfig | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The kernel; arguments as of ``semi_linear``, in a dtype of ``DTYPES`` on CUDA.
+
+    Args:
+        x: (M, K), K a multiple of 8.
+        packed: the weight (N, K).
+        bias: (N,) or None.
+        activation: one of ``ACTIVATIONS``.
+        config: how to cut the work; None takes ``semi_config``.
+        out: contiguous (M, N) of the dtype of ``x`` to write into.
+
+    Raises:
+        KernelUnavailableError: the source cannot be compiled here.
+    """
+    (m, k), n = x.shape, packed.shape[0]
+    y = x.new_empty(m, n) if out is None else out
+    if m == 0:
+        return y
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        x = x.contiguous()  # copies of 16 bytes
+        x = x.clone() if x.data_ptr() % 16 else x
+    values = packed.values.to(x.dtype)
+    if bias is not None:
+        bias = bias.contiguous() if bias.dtype == x.dtype else bias.float().contiguous()
+    half = bias is not None and bias.dtype == x.dtype
+    with torch.cuda.device(x.device):
+        processors, clusters = _device_facts(x.device.index)
+        row_blocks, chunks = cdiv(n, ROWS), cdiv(k, COLUMNS)
+        config = config or semi_config(m, row_blocks, chunks, processors, clusters=clusters)
+        module = _module(config, x.dtype, x.device.index)
+        if module is None:
+            raise KernelUnavailableError("semi_linear: the kernel could not be compiled")
+        args = _Args(
+            values.data_ptr(),
+            packed.places.data_ptr(),
+            x.data_ptr(),
+            bias.data_ptr() if bias is not None and half else None,
+            bias.data_ptr() if bias is not None and not half else None,
+            y.data_ptr(),
+            x.stride(0) * x.element_size() if m > 1 else 0,
+            m,
+            n,
+            k,
+            row_blocks,
+            chunks,
+            ACTIVATIONS.index(activation),
+        )
+        module.launch("semi_linear", config.grid(m, row_blocks), args, overlap=clusters)
+    return y
+
+
 # -- dispatch --------------------------------------------------------------------------------
 def semi_linear(
     x: Tensor, packed: SemiWeight, bias: Tensor | None = None, activation: str = "none"
@@ -66,9 +227,24 @@ def semi_linear(
         ArgumentError: a shape, a dtype or the activation does not fit.
     """
     _check(x, packed, bias, activation)
+    n, k = packed.shape
+    if x.is_cuda and is_supported(n, k, x.dtype) and is_available(x.device):
+        return semi_linear_cuda(x, packed, bias, activation)
     weight = unpack_semi(packed).to(x.dtype)
-    own_bias = None if bias is None else bias.to(x.dtype)
-    return apply_activation(F.linear(x, weight, own_bias), activation)
+    if activation == "none":
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    # rounded once, after the activation
+    y = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    return apply_activation(y, activation).to(x.dtype)
+
+
+def is_available(device: torch.device) -> bool:
+    """True if ``semi_linear.cu`` can be compiled for this device."""
+    if device.type != "cuda":
+        return False
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with torch.cuda.device(index):
+        return _module(SemiConfig(1, 1, 1, 5), torch.bfloat16, index) is not None
 
 
 def _check(x: Tensor, packed: SemiWeight, bias: Tensor | None, activation: str) -> None:
