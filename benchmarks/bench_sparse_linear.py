@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ from benchmarks.ceilings import Ceilings, ceilings
 from benchmarks.harness import CUDA, LINEAR_DTYPE, DenseCopies, Entry, Group, Timing
 from benchmarks.results import Result
 from benchmarks.shapes import CPU_SHAPES, CUDA_SHAPES, SHAPES
-from resu_compile.kernels.packed_linear import format_of
-from resu_compile.kernels.plan import Kernel
+from resu_compile.kernels.packed_linear import format_of, pack_linear
+from resu_compile.kernels.plan import BUCKET_ROWS, Kernel
+from resu_compile.kernels.sparse_linear import sparse_linear
 
 COMMAND = "python -m benchmarks.bench_sparse_linear --table"
 
@@ -48,6 +49,9 @@ LETTERS = {Kernel.ROWS: "R", Kernel.TILES: "T", Kernel.CSR: "C"}
 UNPACKED = Kernel.TILES if CUDA else Kernel.CSR  # the format that "unpack" expands
 UNPACK_ROWS = (64, 256) if CUDA else ()
 SEMI_ROWS = (1, 16, 64, 256)
+
+CALL_SIDE, CALLS = 64, 50
+CALL_KERNEL = Kernel.ROWS if CUDA else Kernel.CSR
 
 
 # -- one kernel ------------------------------------------------------------------------------
@@ -138,11 +142,38 @@ def semi_group(name: str, rows: int, dtype: torch.dtype) -> Group:
     return Group(f"2:4 linear, {name}, {short}, M={rows}", (*dense, "semi"), dense, build)
 
 
+def build_call() -> dict[str, Entry]:
+    weight = harness.make_weight((CALL_SIDE, CALL_SIDE), 0.7)
+    x = harness.make_x(1, CALL_SIDE)
+    kernels = {"op, dense": Kernel.DENSE, "op, sparse": CALL_KERNEL}
+
+    def entry(call: Callable[..., Tensor], *arguments: object) -> Entry:
+        harness.check_product(call(*arguments), x, weight, "call")
+        return Entry((functools.partial(call, *arguments),) * CALLS)
+
+    entries = {"F.linear": entry(F.linear, x, weight)}
+    for impl, kernel in kernels.items():
+        packed = pack_linear(weight, None, {kernel})
+        plan = [int(kernel)] * len(BUCKET_ROWS)
+        tensors, layout = list(packed.tensors()), list(packed.layout)
+        shape = [CALL_SIDE, CALL_SIDE]
+        entries[impl] = entry(sparse_linear, x, weight, tensors, layout, None, shape, plan, "none")
+    return entries
+
+
+def call_group() -> Group:
+    """What a call of the operator costs where the product itself is nothing."""
+    impls = ("F.linear", "op, dense", "op, sparse")
+    name = f"{CALLS} calls of the operator, {CALL_SIDE}x{CALL_SIDE}"
+    return Group(name, impls, ("F.linear",), build_call, graph=False)
+
+
 def groups(*, smallest: bool = False) -> list[Group]:
     """The groups of the suite; ``smallest``: one small weight."""
     if smallest:
-        return [linear_group("gpt2 attn.c_proj", 0.9, 4)]
-    found = [
+        return [linear_group("gpt2 attn.c_proj", 0.9, 4), call_group()]
+    found = [call_group()]
+    found += [
         linear_group(name, sparsity, rows)
         for name in NAMES
         for sparsity in GROUP_SPARSITIES

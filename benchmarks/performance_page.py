@@ -4,8 +4,8 @@
     python -m benchmarks.performance_page --check            # 1 where the page is not up to date
 
 A table stands between two comments, ``<!-- begin NAME -->`` and ``<!-- end NAME -->``, and comes
-from ``benchmarks/results/NAME.json``; ``NAME:losing`` gives the products of that result in which
-dense is faster.
+from ``benchmarks/results/NAME.json``. ``NAME:losing`` gives the products of that result in which
+dense is faster, ``NAME:only=top-k_mask`` those rows of a result of the suite whose group begins so.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.group_table import to_result
 from benchmarks.plot_performance import cells_of, fastest
 from benchmarks.results import Result, load
 
@@ -48,6 +50,23 @@ def losing(result: Result) -> str:
     return "\n".join([head, "", *lines])
 
 
+def only(result: Result, prefix: str) -> str:
+    """Groups of a result of the suite whose names begin with ``prefix``; _ stands for a space.
+
+    Raises:
+        PageError: there are none.
+    """
+    prefix = prefix.replace("_", " ")
+    records = [r for r in result.records if str(r.get("group", "")).startswith(prefix)]
+    if not records:
+        raise PageError(f"{result.title}: expected groups that begin with {prefix!r}, found none")
+    command = f"python -m benchmarks.suite -k {prefix!r}"
+    return replace(
+        to_result(records, result.title, command), environment=result.environment
+    ).markdown()
+
+
+ONLY = "only="
 VIEWS: dict[str, Callable[[Result], str]] = {"": Result.markdown, "losing": losing}
 
 
@@ -78,13 +97,16 @@ def fill(text: str, folder: Path = RESULTS) -> str:
 def render(name: str, folder: Path = RESULTS) -> str:
     """What stands in the region ``name``."""
     file, _, view = name.partition(":")
-    if view not in VIEWS:
-        raise PageError(f"{name}: expected a view of {sorted(VIEWS)}, got {view!r}")
     path = folder / f"{file}.json"
     if not path.exists():
         stored = sorted(found.stem for found in folder.glob("*.json"))
         raise PageError(f"{name}: expected {path}; results stored: {', '.join(stored) or 'none'}")
-    return VIEWS[view](load(path))
+    result = load(path)
+    if view.startswith(ONLY):
+        return only(result, view.removeprefix(ONLY))
+    if view not in VIEWS:
+        raise PageError(f"{name}: expected a view of {[*VIEWS, ONLY]}, got {view!r}")
+    return VIEWS[view](result)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

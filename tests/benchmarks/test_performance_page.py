@@ -95,6 +95,22 @@ def test_nothing_lost_is_said():
     assert losing(won) == "Dense is faster in none of the 3 products measured."
 
 
+def test_a_region_may_show_a_part_of_the_suite(tmp_path):
+    records = [
+        {"group": group, "impl": impl, "us": 5.0, "spread": 0.1, "ratio": ratio, "bytes": 0}
+        for group in ("top-k mask, 1", "top-k mask, 2", "pack")
+        for impl, ratio in (("torch", None), ("op", 2.0))
+    ]
+    Result("Ratios", "suite", [], [], records, MACHINE).save(tmp_path / "s.json")
+    text = fill("<!-- begin s:only=top-k_mask -->\n<!-- end s:only=top-k_mask -->", tmp_path)
+    assert "Ratios. Test device, torch 2.11." in text
+    assert "`python -m benchmarks.suite -k 'top-k mask'`" in text
+    assert text.count("2.00x") == 2
+    assert "pack" not in text
+    with pytest.raises(PageError, match="expected groups that begin with 'none'"):
+        fill("<!-- begin s:only=none -->\n<!-- end s:only=none -->", tmp_path)
+
+
 # -- plots -----------------------------------------------------------------------------------
 def test_the_fastest_kernel_is_drawn():
     best = plot_performance.fastest(CELLS)
