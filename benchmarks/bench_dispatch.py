@@ -145,7 +145,7 @@ def _sparse(x, weight, tensors, packed: PackedLinear, plan: Plan) -> torch.Tenso
 def _run(calls: list, cuda_graphs: bool) -> tuple:
     if not CUDA:
         return calls[0], 1
-    calls = calls * -(-kernel_times.CUDA_MIN_CALLS // len(calls))
+    calls = kernel_times.enough_calls(calls)
     if cuda_graphs:
         return stopwatch.capture_calls(calls).replay, len(calls)
     return lambda: [call() for call in calls], len(calls)

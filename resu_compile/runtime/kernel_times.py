@@ -38,7 +38,8 @@ CPU_MIN_ROWS = 256
 CPU_MAX_REPEATS = 50
 
 CUDA_REPEATS = 9
-CUDA_MIN_CALLS = 16  # in one graph: a single product is near the resolution of the events
+CUDA_MIN_CALLS = 16  # in a row: a single product is near the resolution of the events
+CUDA_MAX_MS = 2.0  # in a row, so that one repeat of what takes long stays short
 
 Call = Callable[[], object]
 Times = dict[int, dict[Kernel, float]]  # bucket -> kernel -> milliseconds
@@ -267,8 +268,7 @@ def _measure_cuda(
         ordered = sorted(kernels)
         runs, counts = [], []
         for kernel in ordered:
-            calls = products.calls(kernel, x, out_features, copies=True)
-            calls *= -(-CUDA_MIN_CALLS // len(calls))
+            calls = enough_calls(products.calls(kernel, x, out_features, copies=True))
             runs.append(
                 stopwatch.capture_calls(calls).replay
                 if cuda_graphs
@@ -281,6 +281,13 @@ def _measure_cuda(
             for kernel, own, count in zip(ordered, samples, counts, strict=True)
         }
     return times
+
+
+def enough_calls(calls: list[Call]) -> list[Call]:
+    """``calls`` in turns: 16 at least, but no more of them than run for 2 ms."""
+    calls[0]()  # what compiles or loads at its first call
+    longest = max(1, math.ceil(CUDA_MAX_MS / stopwatch.device_ms(calls[0])))
+    return (calls * -(-CUDA_MIN_CALLS // len(calls)))[:longest]
 
 
 def _call_all(calls: list[Call]) -> None:

@@ -78,6 +78,17 @@ def test_the_fastest_counts_on_the_cpu(monkeypatch):
     assert times_of() == {0: {DENSE: 1.0, CSR: 2.0}}
 
 
+@pytest.mark.parametrize(
+    ("one_ms", "copies", "number"), [(0.01, 5, 20), (0.01, 64, 64), (0.5, 5, 4), (9.0, 2, 1)]
+)
+def test_short_products_run_often_and_long_ones_few_times(one_ms, copies, number, monkeypatch):
+    monkeypatch.setattr(stopwatch, "device_ms", lambda _: one_ms)
+    calls = [lambda: None for _ in range(copies)]
+    enough = kernel_times.enough_calls(calls)
+    assert len(enough) == number
+    assert enough[: len(calls)] == calls[:number]  # no copy twice before the last
+
+
 def test_leaves_the_random_state_alone():
     before = torch.get_rng_state()
     times_of()
