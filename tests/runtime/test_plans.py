@@ -347,3 +347,38 @@ def test_why_a_number_leaves_dense():
 def test_wrong_thresholds(threshold, error):
     with pytest.raises(error, match=r"sparse_threshold: expected 'auto' or a number in \[0, 1\]"):
         plan_of(threshold=threshold)
+
+
+# -- where times come from -------------------------------------------------------------------
+def test_measured_once_then_from_the_cache(measured, cache_file):
+    first = plan_of()
+    assert first.source == "measured"
+    plan_cache.set_cache_path(cache_file)  # as the next process
+    again = plan_of()
+    assert (again.kernels, again.times_ms) == (first.kernels, first.times_ms)
+    assert again.source == "cache"
+    assert plan_of(3).source == "cache"  # one of the same buckets
+    assert plan_of(dtype=torch.float16).source == "measured"
+    assert len(measured.asked) == 2
+
+
+def test_only_what_no_table_has_is_measured(measured, monkeypatch):
+    key = plan_cache.TimesKey.of(CUDA, 256, 128, 0.7, torch.bfloat16, cuda_graphs=False)
+    shipped = {bucket: {DENSE: 9.0, ROWS: 8.0, TILES: 1.0, UNPACK: 9.5} for bucket in (0, 1)}
+    entries = {f"{key.device}|{key.text}": plan_cache.to_stored(key, shipped)}
+    monkeypatch.setattr(plan_cache, "_shipped", lambda: entries)
+    plan = plan_of()
+    assert set(measured.asked[0]) == {4, 8, 16, 32, 64, 128, 256}
+    assert plan.source == "shipped, measured"
+    assert by_rows(plan)[1] is TILES
+    assert plan.times_ms[0] == {DENSE: 9.0, ROWS: 8.0, TILES: 1.0}  # what was no candidate is left
+    static = plan_of(1, release_dense=True)
+    assert static.source == "shipped"
+    assert static.times_ms == {0: shipped[0]}
+    assert len(measured.asked) == 1
+
+
+def test_launches_are_part_of_what_is_measured(measured):
+    assert plan_of(1, cuda_graphs=True).source == "measured"
+    assert plan_of(1, cuda_graphs=False).source == "measured"
+    assert len(measured.asked) == 2
