@@ -53,7 +53,8 @@ class SparsityConfig:
             calibrated one, with ``prune(block)``.
         scope: ``"layer"`` ranks inside each weight; ``"global"`` over all weights with one
             threshold.
-        distribution: how ``sparsity`` is spread with ``scope="layer"``: ``"uniform"`` or ``"erk"``.
+        distribution: how ``sparsity`` is spread with ``scope="layer"``: ``"uniform"``,
+            ``"er"`` or ``"erk"``.
         targets: names, globs or a predicate that choose among the matmul and convolution weights;
             None means all of them. A parameter's own full name also takes what is left dense by
             default (an embedding, a norm, a bias, a head).
@@ -75,7 +76,7 @@ class SparsityConfig:
     sparsity: float = cast("float", None)  # it is a number once the config is built
     method: str | AnyMethod = "magnitude"
     scope: Literal["layer", "global"] = "layer"
-    distribution: Literal["uniform", "erk"] = "uniform"
+    distribution: Literal["uniform", "er", "erk"] = "uniform"
     targets: Names | Predicate | None = None
     exclude: Names | Predicate | None = DEFAULT_EXCLUDE
     overrides: Mapping[str, float] = field(default_factory=dict)
@@ -222,7 +223,7 @@ class ResurrectionConfig:
         score: ``"magnitude"`` |W|; ``"gradient"`` |W| |g|, g the gradient of the last step;
             ``"wanda"`` |W| times the norm of its input, which ``commit(calibration=...)`` measures;
             or a callable (name, weight) -> score tensor.
-        strategy: ``"amnesty"``, ``"merge"`` or ``"reprune"``.
+        strategy: ``"amnesty"``, ``"merge"`` or ``"reprune"``; each keeps an N:M pattern.
         kind: of ``"amnesty"``: ``"quota"`` gives the resurrected all places of the budget, whatever
             they score, as published; ``"ceiling"`` at most these, and each only to one whose score
             is over (1 + ``margin``) times that of the active one it displaces.

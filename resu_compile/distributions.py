@@ -29,9 +29,34 @@ def erk(shapes: Shapes, sparsity: float) -> dict[str, float]:
     Source: Evci et al. 2020, https://arxiv.org/abs/1911.11134; google-research/rigl,
     rigl/sparse_utils.py.
     """
+    raw = {name: sum(shape) / math.prod(shape) for name, shape in shapes.items()}
+    return _in_proportion(shapes, sparsity, raw)
+
+
+def er(shapes: Shapes, sparsity: float) -> dict[str, float]:
+    """Erdos-Renyi: a weight's density is proportional to ``(n_in + n_out) / (n_in n_out)``.
+
+    The two are the first two dimensions of a weight, so that the size of a kernel has no part in
+    it; for a matrix this is ``erk``. For stacked matrices ``[experts, out, in]`` take ``erk``.
+
+    Args:
+        shapes: weight name -> shape.
+        sparsity: overall sparsity, in [0, 1).
+
+    Returns:
+        weight name -> sparsity in [0, 1).
+
+    Source: Mocanu et al. 2018, https://arxiv.org/abs/1707.04780; the form with an exact overall
+    sparsity is that of google-research/rigl, rigl/sparse_utils.py.
+    """
+    raw = {name: sum(shape[:2]) / math.prod(shape[:2]) for name, shape in shapes.items()}
+    return _in_proportion(shapes, sparsity, raw)
+
+
+def _in_proportion(shapes: Shapes, sparsity: float, raw: Mapping[str, float]) -> dict[str, float]:
+    """Sparsities whose densities are ``eps * raw``, where that is at most 1; else 0."""
     numel = {name: math.prod(shape) for name, shape in shapes.items()}
     zeros = {name: math.floor(sparsity * numel[name]) for name in shapes}
-    raw = {name: sum(shape) / numel[name] for name, shape in shapes.items()}
     dense: set[str] = set()
     while True:
         free = [name for name in shapes if name not in dense]
@@ -50,5 +75,6 @@ def erk(shapes: Shapes, sparsity: float) -> dict[str, float]:
 
 DISTRIBUTIONS: dict[str, Callable[[Shapes, float], dict[str, float]]] = {
     "uniform": uniform,
+    "er": er,
     "erk": erk,
 }

@@ -35,7 +35,7 @@ def sparsify(
     calibration: Calibration | None = None,
     pattern: str | None = None,
     scope: Literal["layer", "global"] = "layer",
-    distribution: Literal["uniform", "erk"] = "uniform",
+    distribution: Literal["uniform", "er", "erk"] = "uniform",
     targets: Selector | None = None,
     exclude: Selector | None = DEFAULT_EXCLUDE,
     overrides: Mapping[str, float] | None = None,
@@ -64,7 +64,8 @@ def sparsify(
             forward gets as many as it takes (labels fall off), or a dict of keyword inputs.
         pattern: ``"N:M"``, ``"2:4"`` say: the best N of each M consecutive inputs stay.
         scope: rank inside each ``"layer"``, or all weights together (``"global"``).
-        distribution: ``"uniform"``, or ``"erk"`` (denser small layers), with ``scope="layer"``.
+        distribution: ``"uniform"``, or ``"erk"`` or ``"er"`` (denser small layers), with
+            ``scope="layer"``.
         targets: names, globs, module names or a predicate (name, parameter) -> bool that choose
             among the matmul and convolution weights; None means all of them. A parameter's own
             full name also takes what is left dense by default (an embedding, a norm, a bias).

@@ -76,4 +76,4 @@ def test_uniform():
 
 
 def test_names():
-    assert sorted(DISTRIBUTIONS) == ["erk", "uniform"]
+    assert sorted(DISTRIBUTIONS) == ["er", "erk", "uniform"]

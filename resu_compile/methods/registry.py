@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from resu_compile.errors import ArgumentError, ArgumentTypeError
+from resu_compile.errors import ArgumentError, ArgumentTypeError, check_known_keys
+from resu_compile.methods.training_method import TrainingMethod
 
 if TYPE_CHECKING:
     from resu_compile.calibration.block import Block
@@ -48,7 +50,7 @@ class CalibratedMethod(Protocol):
 
 AnyMethod = Method | CalibratedMethod
 
-_METHODS: dict[str, type[AnyMethod]] = {}
+_METHODS: dict[str, type[AnyMethod | TrainingMethod]] = {}
 M = TypeVar("M", bound=type)
 
 
@@ -64,16 +66,31 @@ def register_method(name: str) -> Callable[[M], M]:
     return register
 
 
+def _trains(cls: type) -> bool:
+    return issubclass(cls, TrainingMethod)
+
+
 def method_names() -> list[str]:
-    """Names of all registered methods, sorted."""
-    return sorted(_METHODS)
+    """Names of the methods that choose masks once, for ``sparsify`` and ``prune``; sorted."""
+    return sorted(name for name, cls in _METHODS.items() if not _trains(cls))
+
+
+def training_method_names() -> list[str]:
+    """Names of the methods that change masks while the model trains; sorted."""
+    return sorted(name for name, cls in _METHODS.items() if _trains(cls))
 
 
 def get_method(method: str | AnyMethod) -> AnyMethod:
     """The method registered as ``method``, or ``method`` itself if it already is one."""
+    if isinstance(method, str) and method in method_names():
+        found: AnyMethod = _METHODS[method]()  # type: ignore[assignment]
+        return found
+    if is_training_method(method):
+        raise ArgumentError(
+            f"method: expected one of {', '.join(method_names())}, which choose masks once, got "
+            f"{method!r}, which changes them in training; give it to TrainingConfig(method=...)"
+        )
     if isinstance(method, str):
-        if method in _METHODS:
-            return _METHODS[method]()
         raise ArgumentError(
             f"method: unknown method {method!r}; registered: {', '.join(method_names())}"
         )
@@ -85,8 +102,49 @@ def get_method(method: str | AnyMethod) -> AnyMethod:
     )
 
 
-def is_calibrated(method: str | AnyMethod) -> bool:
-    """True if ``method`` needs calibration data."""
+def is_training_method(method: object) -> bool:
+    """True if ``method`` is, or names, a method that changes masks while the model trains."""
+    if isinstance(method, str):
+        return method in _METHODS and _trains(_METHODS[method])
+    return isinstance(method, TrainingMethod)
+
+
+def get_training_method(method: str | TrainingMethod, **options: Any) -> TrainingMethod:
+    """The training method registered as ``method``, or ``method`` itself if it already is one.
+
+    Args:
+        method: a name of ``training_method_names()``, or an object.
+        **options: fields of the method's dataclass, for a name.
+
+    Raises:
+        ArgumentError: unknown name or option, or options for an object.
+    """
+    if isinstance(method, TrainingMethod):
+        if options:
+            raise ArgumentError(
+                f"method_options: expected none with a method that is built already, got {options}"
+            )
+        return method
+    if not isinstance(method, str) or not is_training_method(method):
+        raise ArgumentError(
+            f"method: expected a training method ({', '.join(training_method_names())}) or an "
+            f"object of one, got {method!r}"
+        )
+    cls = _METHODS[method]
+    check_known_keys(options, [field.name for field in fields(cls)], what=f"option of {method}")  # type: ignore[arg-type]
+    found: TrainingMethod = cls(**options)  # type: ignore[assignment]
+    return found
+
+
+def name_of(method: TrainingMethod) -> str | None:
+    """The name that the class of ``method`` is registered under; None if it is not."""
+    return next((name for name, cls in _METHODS.items() if cls is type(method)), None)
+
+
+def is_calibrated(method: str | AnyMethod | TrainingMethod) -> bool:
+    """True if ``method`` is one that measures calibration data at each pruning."""
+    if isinstance(method, TrainingMethod) or is_training_method(method):
+        return False
     return isinstance(get_method(method), CalibratedMethod)
 
 

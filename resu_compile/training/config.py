@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor
 
@@ -21,7 +21,15 @@ from resu_compile.errors import (
     check_share,
     check_sparsity,
 )
-from resu_compile.methods import Method
+from resu_compile.methods import (
+    AnyMethod,
+    Resu,
+    TrainingMethod,
+    get_training_method,
+    is_training_method,
+    training_method_names,
+)
+from resu_compile.methods.registry import name_of
 from resu_compile.training.densify import Densification, Pause
 from resu_compile.training.plan import build_plan, cycle_sparsities
 from resu_compile.training.schedules import Schedule, check_schedule
@@ -120,9 +128,13 @@ class TrainingConfig:
         initial_sparsity: before the first cycle, in [0, 1).
         schedule: how sparsity goes from the one to the other: a name of
             ``resu_compile.training.schedules.SHAPES``, one sparsity per cycle, or a function of t.
-        method: as in ``SparsityConfig``, and so are the next seven.
-        scope: where weights are ranked.
-        distribution: how sparsity is spread over the layers.
+        method: as in ``SparsityConfig``, for the cycles of RESU; or a training method, by name or
+            as an object, which takes their place (docs/methods.md).
+        method_options: settings of a training method that is given by name.
+        scope: as in ``SparsityConfig``, and so are the next six. None is ``"layer"``, or the
+            training method's own.
+        distribution: how sparsity is spread over the layers; None is ``"uniform"``, or the
+            training method's own.
         min_density: least density of a layer.
         overrides: name or glob -> sparsity of those weights at the highest sparsity of the run;
             at a lower one, in proportion. None with a sparsity that falls.
@@ -156,9 +168,10 @@ class TrainingConfig:
     sparsity: float = 0.7
     initial_sparsity: float = 0.0
     schedule: Schedule = "cubic"
-    method: str | Method = "magnitude"
-    scope: Literal["layer", "global"] = "layer"
-    distribution: Literal["uniform", "erk"] = "uniform"
+    method: str | AnyMethod | TrainingMethod = "magnitude"
+    method_options: Mapping[str, Any] = field(default_factory=dict)
+    scope: Literal["layer", "global"] = cast("Any", None)  # settled when built
+    distribution: Literal["uniform", "er", "erk"] = cast("Any", None)  # settled when built
     min_density: float = 0.01
     overrides: Mapping[str, float] = field(default_factory=dict)
     pattern: str | None = None
@@ -182,6 +195,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Check every field and that a plan can be made of them."""
+        self._settle_method()
         for name in ("steps", "cycles", "accumulate", "log_every"):
             check_integer(getattr(self, name), name=name, minimum=1)
         for name in ("warmup", "recovery", "initial_sparsity"):
@@ -239,12 +253,67 @@ class TrainingConfig:
                 raise ArgumentTypeError(f"stats: expected a path, got {self.stats!r}")
             object.__setattr__(self, "stats", str(self.stats))
         _check_flag(self.compile, "compile")
-        build_plan(self)
+        if self.has_cycles:
+            build_plan(self)
+
+    def _settle_method(self) -> None:
+        """A training method as name and options, if it is registered; its own axes by default."""
+        if not isinstance(self.method_options, Mapping):
+            raise ArgumentTypeError(
+                f"method_options: expected a mapping of settings, got {self.method_options!r}"
+            )
+        axes = {"scope": "layer", "distribution": "uniform"}
+        if is_training_method(self.method):
+            method = self.training_method()
+            axes = {"scope": method.scope, "distribution": method.distribution}
+            name = name_of(method)
+            if name is not None:
+                options = _changed(method)
+                object.__setattr__(self, "method", name)
+                object.__setattr__(self, "method_options", options)
+            self._check_no_cycles()
+        elif self.method_options:
+            raise ArgumentError(
+                f"method_options: expected none with method={self.method!r}, which is no training "
+                f"method ({', '.join(training_method_names())}), got {dict(self.method_options)}"
+            )
+        if self.scope is None:
+            object.__setattr__(self, "scope", axes["scope"])
+        if self.distribution is None:
+            whole = self.scope == "global" or self.pattern is not None
+            object.__setattr__(self, "distribution", "uniform" if whole else axes["distribution"])
+
+    def _check_no_cycles(self) -> None:
+        """What only the cycles of RESU use has its default with another training method."""
+        if self.has_cycles:
+            return
+        for f in fields(self):
+            if f.name not in _OF_CYCLES:
+                continue
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            if getattr(self, f.name) != default:
+                raise ArgumentError(
+                    f"{f.name}: expected no value with method={self.method!r}, which has no "
+                    f"cycles and settings of its own in method_options, got "
+                    f"{getattr(self, f.name)!r}"
+                )
+
+    @property
+    def has_cycles(self) -> bool:
+        """Whether the run consists of the cycles of RESU."""
+        return not is_training_method(self.method) or isinstance(self.training_method(), Resu)
+
+    def training_method(self) -> TrainingMethod:
+        """The training method; that of RESU's cycles if ``method`` names none."""
+        if is_training_method(self.method):
+            return get_training_method(self.method, **self.method_options)  # type: ignore[arg-type]
+        return Resu(self.method)  # type: ignore[arg-type]
 
     def _check_pattern(self) -> None:
         if self.pattern is None:
             return
-        for name, plain in (("schedule", "constant"), ("initial_sparsity", 0.0), ("densify", None)):
+        ramps = (("schedule", "constant"),) if self.has_cycles else ()
+        for name, plain in (*ramps, ("initial_sparsity", 0.0), ("densify", None)):
             if getattr(self, name) != plain:
                 raise ArgumentError(
                     f"{name}: expected {plain!r} with pattern={self.pattern!r}, which has one "
@@ -263,7 +332,7 @@ class TrainingConfig:
         """What ``sparsify`` goes by at the final sparsity."""
         return SparsityConfig(
             sparsity=self.sparsity,
-            method=self.method,
+            method="magnitude" if is_training_method(self.method) else self.method,  # type: ignore[arg-type]
             scope=self.scope,
             distribution=self.distribution,
             targets=self.targets,
@@ -333,6 +402,19 @@ class TrainingConfig:
         return cls.from_dict(read_data(path))
 
 
+_OF_CYCLES = (
+    "warmup",
+    "recovery",
+    "cycles",
+    "cycle",
+    "initial_sparsity",
+    "schedule",
+    "resurrection",
+    "budget_start",
+    "budget_end",
+    "margin_end",
+    "densify",
+)
 _PARTS: dict[str, type[Any]] = {
     "cycle": CycleShares,
     "resurrection": ResurrectionConfig,
@@ -349,6 +431,12 @@ _DATA = (
     EarlyStop,
     CheckpointConfig,
 )
+
+
+def _changed(method: TrainingMethod) -> dict[str, Any]:
+    """The settings of ``method`` that differ from its defaults."""
+    values = {f.name: (f.default, getattr(method, f.name)) for f in fields(method)}  # type: ignore[arg-type]
+    return {name: value for name, (default, value) in values.items() if value != default}
 
 
 def _check_type(value: object, kind: type[Any], name: str) -> None:

@@ -20,11 +20,11 @@ from typing import Any
 from torch import nn
 
 from resu_compile.errors import ArgumentError, ArgumentTypeError
-from resu_compile.methods import is_calibrated
+from resu_compile.methods import is_calibrated, is_training_method
 from resu_compile.phase import Phase
-from resu_compile.pruning import sparsify
 from resu_compile.runtime.commit_report import CommitReport
 from resu_compile.runtime.controller import Controller, ResurrectionPhase, find_controller
+from resu_compile.training.attach import attach
 from resu_compile.training.config import TrainingConfig
 from resu_compile.training.data_needs import check_calibration, commit_measures
 from resu_compile.training.densify import Pause
@@ -68,7 +68,8 @@ class CycleEvent:
     """Something that ``Cycle`` did between two steps.
 
     Attributes:
-        kind: ``"prune"``, ``"commit"`` or ``"pause"``.
+        kind: ``"prune"``, ``"commit"`` or ``"pause"``; of a training method also ``"update"`` and
+            ``"rewind"``.
         step: optimizer steps done.
         cycle: the cycle that it belongs to; -1 outside of cycles.
         report: what a pruning or a commit changed.
@@ -142,6 +143,11 @@ class Cycle:
             raise ArgumentTypeError(
                 f"config: expected a TrainingConfig, got {type(config).__name__}"
             )
+        if is_training_method(config.method):
+            raise ArgumentError(
+                f"config: expected a pruning method, got method={config.method!r}, which changes "
+                "masks in a way of its own; SparseTraining(model, config) and Trainer run it"
+            )
         check_calibration(config, calibration)
         self.model = plain_model(model)
         self.config = config
@@ -157,22 +163,8 @@ class Cycle:
         self._position = 0
         self._started = False
         self._pruned: dict[str, Any] | None = None
-        self._found = find_controller(self.model) is not None
-        if not self._found:
-            self._attach()
+        self._found = attach(self.model, config)
         self._required().agree = masks_of_first
-
-    def _attach(self) -> None:
-        config = self.config
-        sparsify(
-            self.model,
-            sparsity=0.0,  # masks of ones; the method, which may need data, comes at the pruning
-            targets=config.targets,
-            exclude=config.exclude,
-            seed=config.seed,
-            compile=config.compile,
-        )
-        self._required().set_phase("dense")
 
     # -- where it is ---------------------------------------------------------------------------
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from resu_compile.training.batches import BatchStream
 from resu_compile.training.config import TrainingConfig
 from resu_compile.training.distributed import check_gradients, data_parallel_of
 from resu_compile.training.losses import LossWatch
+
+if TYPE_CHECKING:
+    from resu_compile.training.sparse_training import SparseTraining
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -53,12 +56,15 @@ class Stepper:
         self.watch = LossWatch()
         self.scaler = torch.amp.GradScaler(self._device_type, enabled=config.autocast == "float16")
 
-    def step(self, batches: BatchStream, number: int) -> Tensor:
+    def step(
+        self, batches: BatchStream, number: int, method: SparseTraining | None = None
+    ) -> Tensor:
         """One optimizer step.
 
         Args:
             batches: where ``config.accumulate`` of them are taken from.
             number: of the step, counted from 1, for messages.
+            method: looks at the gradients before they are clipped, and may take the step's place.
 
         Returns:
             The mean loss of the batches, shape (), detached.
@@ -81,11 +87,13 @@ class Stepper:
         if not self._checked:
             check_gradients(self._model.parameters(), number)
             self._checked = True
-        if config.clip_norm is not None:
-            scaler.unscale_(self._optimizer)
-            nn.utils.clip_grad_norm_(self._model.parameters(), config.clip_norm)
-        scaler.step(self._optimizer)
-        scaler.update()
+        scale = scaler.get_scale() if scaler.is_enabled() else 1.0
+        if method is None or method.after_backward(loss_scale=scale):
+            if config.clip_norm is not None:
+                scaler.unscale_(self._optimizer)
+                nn.utils.clip_grad_norm_(self._model.parameters(), config.clip_norm)
+            scaler.step(self._optimizer)
+            scaler.update()
         if self._scheduler is not None:
             self._scheduler.step()
         self._optimizer.zero_grad(set_to_none=True)

@@ -6,6 +6,7 @@ result = trainer.fit(loader)
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from resu_compile.errors import ArgumentError, ArgumentTypeError
+from resu_compile.methods import is_training_method
 from resu_compile.training.batches import Batches, BatchStream
 from resu_compile.training.callbacks import Callback, ProgressBar
 from resu_compile.training.config import TrainingConfig
@@ -33,6 +35,7 @@ from resu_compile.training.patience import Patience
 from resu_compile.training.plan import Span, Stage
 from resu_compile.training.random_state import random_state, restore_random_state
 from resu_compile.training.resume import check_unused, check_world, newest_state
+from resu_compile.training.sparse_training import SparseTraining
 from resu_compile.training.stats import Record, StatsWriter, layer_sparsities, mask_picture
 from resu_compile.training.stepper import LossFn, Stepper
 
@@ -79,7 +82,8 @@ class Trainer:
 
     Attributes:
         model: the plain model.
-        cycle: where the run is; its ``controller`` and ``history``.
+        cycle: where the run is, a ``Cycle``, or a ``SparseTraining`` with a training method; its
+            ``controller`` and ``history``.
         stats: the records so far.
 
     Raises:
@@ -119,9 +123,11 @@ class Trainer:
         self.callbacks = [*callbacks, *([ProgressBar()] if progress else [])]
         self.evaluate = evaluate
         self.scheduler = scheduler
-        self.cycle = Cycle(
+        driver = SparseTraining if is_training_method(config.method) else Cycle
+        self.cycle: Cycle | SparseTraining = driver(
             model, config, on_event=self._on_event, on_pause=on_pause, calibration=calibration
         )
+        self._method = self.cycle if isinstance(self.cycle, SparseTraining) else None
         self.model = self.cycle.model
         self._writer = StatsWriter(config.stats if is_first() else None)
         self._patience = Patience(config.early_stop) if config.early_stop else None
@@ -129,6 +135,8 @@ class Trainer:
         self._batches: BatchStream | None = None
         self._batches_state: Mapping[str, Any] | None = None
         self._random: Mapping[str, Any] | None = None
+        # of the beginning, for a method that goes back to it
+        self._schedule = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
         self._stepper = Stepper(model, optimizer, loss_fn, config, scheduler)
 
     @property
@@ -190,7 +198,7 @@ class Trainer:
         cycle, config = self.cycle, self.config
         span, done = cycle.span, cycle.step_index + 1
         assert self._batches is not None
-        loss = self._stepper.step(self._batches, done)
+        loss = self._stepper.step(self._batches, done, self._method)
         if done % config.log_every == 0 or done == span.stop:
             self._stepper.watch.check()  # before a pruning, which would name no step
             self._log(loss, span, done)
@@ -200,7 +208,10 @@ class Trainer:
         last = done == config.steps
         if due and not last:
             self._evaluate(span, done)  # the model as it was trained, before it is pruned again
-        cycle.step()
+        if isinstance(cycle, SparseTraining):
+            cycle.after_step()
+        else:
+            cycle.step()
         if last:
             self._evaluate(span, done)  # the model as it is shipped
         checkpoint = config.checkpoint
@@ -262,6 +273,9 @@ class Trainer:
                 callback.on_pause(self, event.pause)
             self.model.train()
             return
+        if event.kind == "rewind":
+            self._rewind(event)
+            return
         controller, report = self.cycle.controller, event.report
         assert controller is not None
         assert report is not None
@@ -279,6 +293,15 @@ class Trainer:
                 callback.on_prune(self, report)
             else:
                 callback.on_commit(self, report)
+
+    def _rewind(self, event: CycleEvent) -> None:
+        """The learning rate begins again with the weights."""
+        self._writer.write("rewind", event.step, cycle=event.cycle)
+        if self.scheduler is not None and self._schedule is not None:
+            self.scheduler.load_state_dict(copy.deepcopy(self._schedule))
+            rates = self.scheduler.get_last_lr()
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
 
     def _end(self) -> TrainingResult:
         cycle = self.cycle
@@ -348,13 +371,12 @@ class Trainer:
         if (state["scheduler"] is None) != (self.scheduler is None):
             expected = "none" if state["scheduler"] is None else "one"
             raise ArgumentError(f"scheduler: expected {expected}, as in the saved run")
-        self.cycle.load_state_dict(state["cycle"])
         controller = self.cycle.controller
-        if controller is not None:
-            if state["controller"] is None:
-                controller.release()
-            else:
-                controller.load_state_dict(state["controller"])
+        if controller is not None and state["controller"] is not None:
+            controller.load_state_dict(state["controller"])
+        self.cycle.load_state_dict(state["cycle"])
+        if controller is not None and state["controller"] is None:
+            controller.release()
         if self._stepper.scaler.is_enabled() and state["scaler"]:
             self._stepper.scaler.load_state_dict(state["scaler"])
         if self.scheduler is not None:

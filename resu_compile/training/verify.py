@@ -39,6 +39,7 @@ from resu_compile.training.cycle import Cycle
 from resu_compile.training.ever_pruned import EverPruned
 from resu_compile.training.plan import build_plan
 from resu_compile.training.presets import preset
+from resu_compile.training.sparse_training import SparseTraining
 from resu_compile.training.tasks import BUILT_IN, adapt_demo_task
 from resu_compile.training.trainer import Trainer
 from resu_compile.training.verdict import METHODS, Row, RunNumbers, notes_on, verify_table
@@ -325,7 +326,8 @@ class Witness(Callback):
         self.resurrected += report.resurrected
         self._see(trainer.cycle, report)
 
-    def _see(self, cycle: Cycle, report: CommitReport) -> None:
+    def _see(self, cycle: Cycle | SparseTraining, report: CommitReport) -> None:
+        assert isinstance(cycle, Cycle)  # every config of the comparison has cycles
         controller = cycle.controller
         assert controller is not None
         self.ever_pruned.record(controller)

@@ -1,0 +1,81 @@
+"""SR-STE: all weights train, the forward pass sees the best N of each M."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from resu_compile.errors import check_number
+from resu_compile.methods.registry import register_method
+from resu_compile.methods.training_method import TrainingMethod
+from resu_compile.phase import Phase
+
+if TYPE_CHECKING:
+    from resu_compile.training.sparse_training import SparseTraining as Run
+
+REPORT_EVERY = 100  # steps: masks change every step
+
+
+@register_method("sr_ste")
+@dataclass(frozen=True)
+class SRSTE(TrainingMethod):
+    """Sparse-refined straight-through estimator, for N:M patterns and for any other mask.
+
+        forward   M * w,  M the top N of each M by |w|, chosen anew each step
+        gradient  g(M * w) + decay (1 - M) w, to all places
+
+    ``pattern`` of the config says which N:M; without one, M are the largest |w| at ``sparsity``.
+    Pruned weights keep their values and their optimizer state until the run ends.
+
+    Source: Zhou et al. 2021, https://arxiv.org/abs/2102.04010; aojunzz/NM-sparsity
+
+    Attributes:
+        decay: of the weights that the forward pass does not see, >= 0; 0 is the plain STE.
+    """
+
+    decay: float = 2e-4
+
+    def __post_init__(self) -> None:
+        """Check every field; the messages name the argument."""
+        check_number(self.decay, name="decay", minimum=0.0)
+
+    def settled(self, run: Run) -> int:
+        """Never: the mask follows the weights to the end."""
+        return run.steps
+
+    def needs_dense_gradient(self, run: Run) -> bool:  # noqa: ARG002
+        """Always: the gradient of the masked weight goes to all places."""
+        return True
+
+    def begin(self, run: Run) -> None:
+        """The first mask."""
+        run.keep_values()
+        run.prune()
+
+    def before_step(self, run: Run) -> bool:
+        """Add the decay; the optimizer then sees the full weights."""
+        assert run.master is not None
+        for places in run.places():
+            assert places.gradient is not None
+            rate = torch.where(places.mask, 0.0, self.decay * run.loss_scale)
+            run.set_gradient(places.name, places.gradient + rate * places.weight)
+        run.master.show()
+        return False
+
+    def after_step(self, run: Run) -> None:
+        """Take what the optimizer made of the weights, and choose the mask anew."""
+        if run.controller.phase is not Phase.DENSE:
+            return  # the step was left out
+        assert run.master is not None
+        run.master.take()
+        masks = run.chosen_masks()
+        if run.step % REPORT_EVERY == 0 or run.done:
+            run.hide(masks.items(), "sr_ste")
+        else:
+            run.master.hide(masks)
+
+    def finish(self, run: Run) -> None:
+        """Only what the forward pass sees stays."""
+        run.drop_hidden()

@@ -1,0 +1,31 @@
+"""Give a model a controller with nothing pruned yet."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from resu_compile.pruning import sparsify
+from resu_compile.runtime.controller import find_controller
+from resu_compile.training.config import TrainingConfig
+
+
+def attach(model: nn.Module, config: TrainingConfig) -> bool:
+    """Let a controller look after ``model``, in the DENSE phase; one that has one keeps it.
+
+    Returns:
+        True if it had one.
+    """
+    if find_controller(model) is not None:
+        return True
+    sparsify(
+        model,
+        sparsity=0.0,  # masks of ones; the method, which may need data, comes at the pruning
+        targets=config.targets,
+        exclude=config.exclude,
+        seed=config.seed,
+        compile=config.compile,
+    )
+    made = find_controller(model)
+    assert made is not None
+    made.set_phase("dense")
+    return False
