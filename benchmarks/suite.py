@@ -5,7 +5,7 @@
     python -m benchmarks.suite --save              # keep as this device's baseline (bench-save)
     python -m benchmarks.suite --compare           # against that baseline       (bench-compare)
     python -m benchmarks.suite --smoke             # smallest forms: does it run (bench-smoke)
-    python -m benchmarks.suite -k 'M=16' ...       # only the groups whose name holds the text
+    python -m benchmarks.suite -k 'M=16' ...       # groups whose name has the pattern
 
 ``--compare`` ends with 1 where a ratio fell by more than 10 % in two runs of its group, and with 2
 where this device has no baseline. ``--save -k`` replaces only the ratios that it measured.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import math
+import re
 import subprocess
 import sys
 import time
@@ -211,15 +212,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what.add_argument("--compare", action="store_true", help="fail where a ratio fell by 10 %%")
     what.add_argument("--smoke", action="store_true", help="only see that everything runs")
     what.add_argument("--list", action="store_true", help="only print the names of the groups")
-    parser.add_argument("-k", default="", metavar="TEXT", help="only groups that hold TEXT")
+    parser.add_argument("-k", default="", metavar="PATTERN", help="only groups whose name has it")
     parser.add_argument("--json", metavar="PATH", help="write the result there as well")
     args = parser.parse_args(arguments)
     if args.smoke:
-        return smoke([name for name in module_names() if args.k in name])
+        return smoke([name for name in module_names() if re.search(args.k, name)])
     every = all_groups()
-    groups = [group for group in every if args.k in group.name]
+    groups = [group for group in every if re.search(args.k, group.name)]
     if not groups:
-        parser.error(f"-k {args.k!r}: expected text that is in the name of a group, --list shows")
+        parser.error(f"-k {args.k!r}: expected what fits the name of a group, --list shows them")
     if args.list:
         print("\n".join(group.name for group in groups))
         return PASSED
