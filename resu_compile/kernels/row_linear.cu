@@ -263,46 +263,81 @@ __device__ __forceinline__ void put(unsigned char* cell, const u32 (&bits)[RM]) 
                                    words[(4 * i + 2) % (CELL / 4)], words[(4 * i + 3) % (CELL / 4)]);
 }
 
-// Lane after lane takes another bank, and within it vectors of 16 bytes of each row where the rows
-// of x start at multiples of that, else single columns.
-__device__ __forceinline__ void stage(unsigned char* shared, const Place& p, u32 log_q, bool wide) {
+#if STAGED
+__device__ __forceinline__ u32 address(const void* p) {
+  return (u32)__cvta_generic_to_shared(p);
+}
+
+// Ask for the rows of x, in pieces of what one bank will hold, 16 bytes apart so that lanes that
+// read different pieces find different banks. By one warp.
+__device__ __forceinline__ void fetch(unsigned char* raw, u64* arrived, const Place& p, u32 q) {
+  const u32 lane = threadIdx.x & (WARP - 1), k = p.in_features, pitch = q * X_BYTES + 16;
+  if (lane == 0) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(arrived)) : "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(arrived)),
+                 "r"(p.rows * k * X_BYTES) : "memory");
+  }
+  __syncwarp();
+  for (u32 piece = lane; piece < BANKS * p.rows; piece += WARP) {
+    const u32 bank = piece % BANKS, m = piece / BANKS;
+    if (bank * q >= k) continue;
+    const unsigned char* from = (const unsigned char*)p.global + ((u64)m * k + bank * q) * X_BYTES;
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(address(raw + piece * pitch)), "l"(from), "r"(min(q, k - bank * q) * X_BYTES),
+        "r"(address(arrived)) : "memory");
+  }
+}
+
+__device__ __forceinline__ void await(u64* arrived) {
+  u32 done;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\n"
+                 "selp.u32 %0, 1, 0, p; }" : "=r"(done) : "r"(address(arrived)) : "memory");
+  } while (!done);
+}
+
+// From the pieces to the cells; lane after lane takes another bank.
+__device__ __forceinline__ void transpose(unsigned char* shared, const unsigned char* raw,
+                                          const Place& p, u32 q) {
   constexpr u32 SPAN = 16 / X_BYTES;
-  const u32 q = 1u << log_q, k = p.in_features;
-  if (wide && log_q >= 3) {
-    for (u32 task = threadIdx.x; task < BANKS * (q / SPAN); task += blockDim.x) {
-      const u32 row = task / BANKS * SPAN, bank = task % BANKS, column = bank * q + row;
-      if (column >= k) continue;
-      uint4 v[RM];
+  const u32 pitch = q * X_BYTES + 16;
+  for (u32 task = threadIdx.x; task < BANKS * (q / SPAN); task += blockDim.x) {
+    const u32 row = task / BANKS * SPAN, bank = task % BANKS;
+    if (bank * q + row >= p.in_features) continue;
+    uint4 v[RM];
 #pragma unroll
-      for (int m = 0; m < RM; ++m) {
-        v[m] = make_uint4(0u, 0u, 0u, 0u);
-        if (m < p.rows)
-          v[m] = __ldg((const uint4*)((const unsigned char*)p.global +
-                                      ((u64)m * k + column) * X_BYTES));
-      }
-#pragma unroll
-      for (int j = 0; j < SPAN; ++j) {
-        u32 bits[RM];
-#pragma unroll
-        for (int m = 0; m < RM; ++m) {
-          const u32 w[4] = {v[m].x, v[m].y, v[m].z, v[m].w};
-          bits[m] = X_BYTES == 4 ? w[j % 4] : w[j / 2 % 4] >> (j & 1) * 16 & 0xffffu;
-        }
-        put(shared + (row + j) * 128u + bank * CELL, bits);
-      }
+    for (int m = 0; m < RM; ++m) {
+      v[m] = make_uint4(0u, 0u, 0u, 0u);
+      if (m < p.rows) v[m] = *(const uint4*)(raw + (m * BANKS + bank) * pitch + row * X_BYTES);
     }
-  } else {
-    for (u32 task = threadIdx.x; task < BANKS * q; task += blockDim.x) {
-      const u32 row = task / BANKS, bank = task % BANKS, column = bank * q + row;
-      if (column >= k) continue;
+#pragma unroll
+    for (int j = 0; j < SPAN; ++j) {
       u32 bits[RM];
 #pragma unroll
-      for (int m = 0; m < RM; ++m)
-        bits[m] = m < p.rows ? bits_x(p.global, (u64)m * k + column) : 0u;
-      put(shared + row * 128u + bank * CELL, bits);
+      for (int m = 0; m < RM; ++m) {
+        const u32 w[4] = {v[m].x, v[m].y, v[m].z, v[m].w};
+        bits[m] = X_BYTES == 4 ? w[j % 4] : w[j / 2 % 4] >> (j & 1) * 16 & 0xffffu;
+      }
+      put(shared + (row + j) * 128u + bank * CELL, bits);
     }
   }
 }
+
+// The same column by column, for rows of x that do not start at multiples of 16 bytes.
+__device__ __forceinline__ void stage(unsigned char* shared, const Place& p, u32 q) {
+  for (u32 task = threadIdx.x; task < BANKS * q; task += blockDim.x) {
+    const u32 row = task / BANKS, bank = task % BANKS, column = bank * q + row;
+    if (column >= p.in_features) continue;
+    u32 bits[RM];
+#pragma unroll
+    for (int m = 0; m < RM; ++m)
+      bits[m] = m < p.rows ? bits_x(p.global, (u64)m * p.in_features + column) : 0u;
+    put(shared + row * 128u + bank * CELL, bits);
+  }
+}
+#endif
 
 // -- partial sums ----------------------------------------------------------------------------
 __device__ __forceinline__ void put_sums(float* sums, u32 place, float (&acc)[RM]) {
@@ -340,8 +375,9 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) row_linear(Args a) {
   const u32 lane = threadIdx.x & (WARP - 1), warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
   const u32 block = blockIdx.x;
   const u32 x_bytes = STAGED ? 128u << a.log_q : 0u;
-  float* sums = (float*)(shared + x_bytes);
-  int* ends = (int*)(sums + (a.room + warps + 1) * STRIDE * RM);
+  int* ends = (int*)(shared + x_bytes);
+  unsigned char* raw = shared + x_bytes + (a.room * 4 / 128 + 1) * 128;  // of x as it comes, then
+  float* sums = (float*)raw;                                             // partial sums
 
 #if __CUDA_ARCH__ >= 900
   // Ask for the weight before the results of the kernel before are awaited: it is not read until
@@ -360,6 +396,23 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) row_linear(Args a) {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 
+  Place place;
+  const u32 tile = blockIdx.y * RM;
+  place.x = shared;
+  place.global = (const unsigned char*)a.x + (u64)tile * a.in_features * X_BYTES;
+  place.shift = 7 + a.log_q;
+  place.back = CELL - (128u << a.log_q);
+  place.in_features = a.in_features;
+  place.rows = min(RM, a.rows - tile);
+#if STAGED && __CUDA_ARCH__ >= 900
+  __shared__ u64 arrived;
+  const bool wide = a.log_q >= 3 && a.in_features * X_BYTES % 16 == 0 && (u64)a.x % 16 == 0;
+  if (wide && warp == 0) fetch(raw, &arrived, place, 1u << a.log_q);
+#else
+  u64 arrived;
+  constexpr bool wide = false;
+#endif
+
   const u32 chunk_end = (block + 1) * a.chunks;
   u32 chunk = block * a.chunks + warp * a.steps;
   const u32 own_end = min(chunk + a.steps, chunk_end);
@@ -370,16 +423,14 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) row_linear(Args a) {
   const u32 first = a.first[block], rows = a.first[block + 1] - first;
   for (u32 r = threadIdx.x; r <= a.room; r += blockDim.x)
     ends[r] = r < a.room ? a.ends[block * a.room + r] : 0x7fffffff;
-  Place place;
-  const u32 tile = blockIdx.y * RM;
-  place.x = shared;
-  place.global = (const unsigned char*)a.x + (u64)tile * a.in_features * X_BYTES;
-  place.shift = 7 + a.log_q;
-  place.back = CELL - (128u << a.log_q);
-  place.in_features = a.in_features;
-  place.rows = min(RM, a.rows - tile);
 #if STAGED
-  stage(shared, place, a.log_q, a.in_features * X_BYTES % 16 == 0 && (u64)a.x % 16 == 0);
+  if (wide) {
+    __syncthreads();  // the barrier is there
+    await(&arrived);
+    transpose(shared, raw, place, 1u << a.log_q);
+  } else {
+    stage(shared, place, 1u << a.log_q);
+  }
 #endif
   __syncthreads();
 

@@ -25,6 +25,7 @@ from resu_compile.kernels.row_weight import CHUNK, GROUP, RowWeight, unpack_rows
 
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # X_KIND and W_KIND
 WARP = 32
+STATIC_SHARED = 256  # bytes, rounded up: a barrier
 
 
 # -- reference -------------------------------------------------------------------------------
@@ -100,9 +101,12 @@ def row_launch(
             cell = 4 if tile == 1 else tile * x_bytes
             log_q = next_power_of_2(cdiv(in_features * cell, 128)).bit_length() - 1
             stride = 40 if tile <= 2 else 32  # STRIDE of row_linear.cu
-            shared = (128 << log_q) * staged + (room + warps + 1) * stride * tile * 4
-            shared += 4 * (room + 1)
-            if shared <= shared_limit:
+            sums = (room + warps + 1) * stride * tile * 4
+            shared = (room // 32 + 1) * 128 + sums
+            if staged:  # the cells, and x as it comes where the sums will be
+                pieces = tile * (128 // cell) * ((x_bytes << log_q) + 16)
+                shared += (128 << log_q) + max(0, pieces - sums)
+            if shared + STATIC_SHARED <= shared_limit:
                 return RowLaunch(tile, staged, warps * WARP, steps, log_q, shared)
             tile //= 2
     return None
