@@ -78,8 +78,8 @@ def sparse_linear(
         plan: the ``Kernel`` of each bucket of row counts, ``len(BUCKET_ROWS)`` of them. Where one
             cannot run (CSR off the CPU, a dtype that it does not take) the packed weight is
             expanded for the dense product.
-        activation: one of ``ACTIVATIONS``, applied before the result is rounded. Only ``"none"``
-            has a gradient.
+        activation: one of ``ACTIVATIONS``; sparse kernels apply it before they round. Only
+            ``"none"`` has a gradient.
 
     Returns:
         Contiguous ``(..., N)`` of the dtype of x. The gradient is that of the dense product.
@@ -116,7 +116,7 @@ def _sparse_linear(
     kernel = plan[batch_bucket(rows)]
     if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
         bias = bias.to(x.dtype).contiguous()
-    part = None if kernel == _DENSE or kernel == _UNPACK else _planned(kernel, parts, plan)
+    part = None if kernel in (_DENSE, _UNPACK) else _planned(kernel, parts, plan)
     device_type = x.device.type
     if part is not None and _runs(part.kernel, x) and in_features:
         form = format_of(part.kernel)
