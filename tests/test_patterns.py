@@ -7,6 +7,7 @@ from torch import nn
 import resu_compile as resu
 from resu_compile.config import SparsityConfig
 from resu_compile.errors import ArgumentError
+from resu_compile.methods import is_calibrated
 
 
 class TwoNumbers(nn.Module):
@@ -55,6 +56,23 @@ def test_the_largest_of_each_group_stay():
                 ranked = sorted(range(4), key=lambda i: (-abs(row[start + i]), i))
                 expected = [i in ranked[:2] for i in range(4)]
                 assert kept[start : start + 4].tolist() == expected
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:2"])
+@pytest.mark.parametrize("method", ["magnitude", "random", "wanda", "wanda++", "dsnot"])
+def test_every_method_of_one_pruning_keeps_the_pattern_and_resurrects(method, pattern):
+    keep, group = map(int, pattern.split(":"))
+    data = [torch.randn(6, 8) for _ in range(3)] if is_calibrated(method) else None
+    model, controller = sparse(method=method, pattern=pattern, calibration=data)
+    before = controller.masks
+    for strategy in ("amnesty", "merge"):
+        with controller.resurrect(strategy=strategy, budget=0.3, init="normal", eps=3.0) as phase:
+            pass
+        assert phase.report.resurrected == phase.report.lost > 0
+        for name, mask in controller.masks.items():
+            assert (groups(mask, group) == keep).all()
+            assert (controller.weights[name].parameter[~mask] == 0).all()
+    assert any(not torch.equal(before[name], mask) for name, mask in controller.masks.items())
 
 
 def test_random_pruning_keeps_the_pattern():
