@@ -32,7 +32,8 @@ from benchmarks.shapes import SHAPES
 from resu_compile.kernels.packed_linear import PackedLinear, pack_linear
 from resu_compile.kernels.plan import BUCKET_ROWS, Kernel, batch_bucket
 from resu_compile.runtime import kernel_times, plan_cache, stopwatch
-from resu_compile.runtime.plans import Plan, candidates_of, choose_plan, formats_of
+from resu_compile.runtime.kernel_choice import candidates_of, formats_of
+from resu_compile.runtime.plans import Plan, choose_plan
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -230,8 +231,8 @@ def table_entries(names: Sequence[str], budget_s: float) -> dict[str, plan_cache
             say(f"{n}x{k} {sparsity:.0%} and what follows: no time left")
             break
         wanted = {
-            bucket: candidates_of(formats_of(DEVICE, n, k, DTYPE), rows, DTYPE) | {Kernel.UNPACK}
-            for bucket, rows in enumerate(BUCKET_ROWS)
+            rows: candidates_of(formats_of(DEVICE, n, k, DTYPE), rows, DTYPE) | {Kernel.UNPACK}
+            for rows in BUCKET_ROWS
             if rows <= 256
         }
         for cuda_graphs in (True, False) if CUDA else (False,):

@@ -42,7 +42,7 @@ CUDA_MIN_CALLS = 16  # in a row: a single product is near the resolution of the 
 CUDA_MAX_MS = 2.0  # in a row, so that one repeat of what takes long stays short
 
 Call = Callable[[], object]
-Times = dict[int, dict[Kernel, float]]  # bucket -> kernel -> milliseconds
+Times = dict[int, dict[Kernel, float]]  # rows of x -> kernel -> milliseconds
 
 
 def measure_kernels(
@@ -68,13 +68,13 @@ def measure_kernels(
         in_features: K, at least 1.
         sparsity: share of the weight that is pruned, in [0, 1].
         dtype: dtype of x, weight and result.
-        wanted: batch bucket -> kernels.
+        wanted: rows of x -> kernels.
         cuda_graphs: on CUDA, time on the device alone; else launches from Python included.
         pattern: ``(n, m)`` keeps n random entries of each m; None prunes every entry by chance.
         unpacked_from: the format that ``UNPACK`` expands.
 
     Returns:
-        Bucket -> kernel -> milliseconds of one product.
+        Rows of x -> kernel -> milliseconds of one product.
 
     Raises:
         RuntimeError, MemoryError: whatever the device raises, out of memory among it.
@@ -100,10 +100,7 @@ def measure_kernels(
         100 * sparsity,
         dtype,
         time.perf_counter() - started,
-        {
-            BUCKET_ROWS[b]: {k.name: round(ms, 4) for k, ms in own.items()}
-            for b, own in times.items()
-        },
+        {rows: {k.name: round(ms, 4) for k, ms in own.items()} for rows, own in times.items()},
     )
     return times
 
@@ -235,8 +232,8 @@ def _measure_cpu(
     products: _Products, out_features: int, wanted: Mapping[int, Collection[Kernel]]
 ) -> Times:
     times: Times = {}
-    for bucket, kernels in wanted.items():
-        rows, in_features = BUCKET_ROWS[bucket], products.in_features
+    for rows, kernels in wanted.items():
+        in_features = products.in_features
         most = min(
             CPU_MAX_FLOP / (2 * rows * in_features),
             CPU_MAX_BYTES / (products.dtype.itemsize * in_features),
@@ -249,7 +246,7 @@ def _measure_cpu(
         # The fastest, not the median: other programs on the same cores only ever add time. With
         # both of 2 cores taken, fp32 4096x4096 at 90 % and 1 row: median 5.2 ms, fastest 0.6,
         # idle 0.3.
-        times[bucket] = {
+        times[rows] = {
             kernel: min(own) * out_features / measured
             for kernel, own in zip(ordered, samples, strict=True)
         }
@@ -263,8 +260,8 @@ def _measure_cuda(
     cuda_graphs: bool,
 ) -> Times:
     times: Times = {}
-    for bucket, kernels in wanted.items():
-        x = products.x(BUCKET_ROWS[bucket])
+    for rows, kernels in wanted.items():
+        x = products.x(rows)
         ordered = sorted(kernels)
         runs, counts = [], []
         for kernel in ordered:
@@ -276,7 +273,7 @@ def _measure_cuda(
             )
             counts.append(len(calls))
         samples = stopwatch.interleaved_ms(tuple(runs), stopwatch.device_ms, math.inf, CUDA_REPEATS)
-        times[bucket] = {
+        times[rows] = {
             kernel: statistics.median(own) / count
             for kernel, own, count in zip(ordered, samples, counts, strict=True)
         }

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from resu_compile.kernels.packed_linear import default_format
-from resu_compile.kernels.plan import BUCKET_ROWS, Kernel
+from resu_compile.kernels.plan import Kernel
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ _SOURCES = {  # how the names of its files begin
     Kernel.SEMI: ("semi_linear", "semi_weight"),
 }
 
-Times = dict[int, dict[Kernel, float]]  # bucket -> kernel -> milliseconds
+Times = dict[int, dict[Kernel, float]]  # rows of x -> kernel -> milliseconds
 Stored = dict[str, dict[str, float]]  # "8": {"dense": ms, "rows@0123abcd": ms}
 
 lock = threading.RLock()
@@ -170,10 +170,10 @@ def _stored_name(kernel: Kernel, key: TimesKey) -> str:
 
 # -- finding and keeping ---------------------------------------------------------------------
 def find(key: TimesKey, wanted: Mapping[int, Collection[Kernel]]) -> tuple[Times, list[str]]:
-    """Known times of every bucket for which all ``wanted`` kernels are known.
+    """Known times of every row count for which all ``wanted`` kernels are known.
 
     Returns:
-        Bucket -> kernel -> milliseconds, and where they come from: ``"cache"``, ``"shipped"``.
+        Rows of x -> kernel -> milliseconds, and where they come from: ``"cache"``, ``"shipped"``.
     """
     found: Times = {}
     sources: list[str] = []
@@ -181,15 +181,15 @@ def find(key: TimesKey, wanted: Mapping[int, Collection[Kernel]]) -> tuple[Times
         ("cache", _user.get(_user_key(key))),
         ("shipped", _shipped().get(f"{key.device}|{key.text}", {})),
     ):
-        for bucket, kernels in wanted.items():
-            own = stored.get(str(BUCKET_ROWS[bucket]), {})
-            if bucket in found or not own:
+        for rows, kernels in wanted.items():
+            own = stored.get(str(rows), {})
+            if rows in found or not own:
                 continue
             times = {
                 kernel: own[name] for kernel in Kernel if (name := _stored_name(kernel, key)) in own
             }
             if all(kernel in times for kernel in kernels):
-                found[bucket] = times
+                found[rows] = times
                 sources += [source] if source not in sources else []
             elif source == "shipped":
                 _tell_stale(key.device)
@@ -205,10 +205,8 @@ def keep(key: TimesKey, times: Mapping[int, Mapping[Kernel, float]]) -> None:
 def to_stored(key: TimesKey, times: Mapping[int, Mapping[Kernel, float]]) -> Stored:
     """Times as files hold them: by rows of x, and by kernel with the hash of its code."""
     return {
-        str(BUCKET_ROWS[bucket]): {
-            _stored_name(k, key): float(f"{ms:.4g}") for k, ms in own.items()
-        }
-        for bucket, own in times.items()
+        str(rows): {_stored_name(k, key): float(f"{ms:.4g}") for k, ms in own.items()}
+        for rows, own in times.items()
     }
 
 
@@ -282,7 +280,7 @@ _user = _UserCache()
 
 
 def _merged(old: Mapping[str, Stored], fresh: Mapping[str, Stored]) -> dict[str, Stored]:
-    """Entries of both; of one bucket, those of ``fresh`` alone: times are compared in one run."""
+    """Entries of both; for one row count those of ``fresh``, so that times are of one run."""
     return dict(old) | {key: {**old.get(key, {}), **stored} for key, stored in fresh.items()}
 
 
@@ -333,8 +331,8 @@ def parse(text: str) -> dict[str, Stored]:
     if not isinstance(entries, dict):
         raise ValueError(f"expected an object times_ms, got {type(entries).__name__}")
     for key, stored in entries.items():
-        buckets = stored.values() if isinstance(stored, dict) else [None]
-        for own in buckets:
+        batches = stored.values() if isinstance(stored, dict) else [None]
+        for own in batches:
             times = own.values() if isinstance(own, dict) else [None]
             if not all(isinstance(t, (int, float)) and math.isfinite(t) for t in times):
                 raise ValueError(f"expected rows -> kernel -> milliseconds at {key!r}")

@@ -9,38 +9,36 @@ dtype; a number forces the sparse kernels from that sparsity on.
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 
 from resu_compile.errors import ArgumentError, check_number
-from resu_compile.kernels.csr_linear import has_csr_kernel
 from resu_compile.kernels.packed_linear import default_format
 from resu_compile.kernels.plan import BUCKET_ROWS, Kernel, batch_bucket
 from resu_compile.runtime import kernel_times, plan_cache
+from resu_compile.runtime.kernel_choice import (
+    MARGINS,
+    TILES_MOST,
+    WITHOUT_FORMAT,
+    candidates_of,
+    dependable,
+    fastest,
+    formats_of,
+    worthwhile,
+)
 
 logger = logging.getLogger(__name__)
 
 MIN_SPARSITY = 0.4  # below, the entries with their places are about as many bytes as the weight
 MIN_NUMEL = 64 * 64  # below, either product is shorter than the call that starts it
-MAX_NUMEL = 2**31 - 2**16  # entry numbers are int32
 DYNAMIC_ROWS = 256  # the largest batch that is measured for where the batch size is not known
 
-# A kernel must beat another by this share of its time before anything is given up for it: two runs
-# of one measurement differ by less (fp32 on a 2-core CPU with other programs running: 5 %).
-MARGINS = {"cuda": 0.03, "cpu": 0.05}
-
-ROWS_MOST, TILES_MOST = 8, 64  # rows of x beyond which these kernels run more than once over
 FORCED_ROWS_MOST, FORCED_ROWS_SPARSITY = 4, 0.8
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-HALVES = (torch.float16, torch.bfloat16)
 PACKING_OVERHEAD = 1.14  # bitmap tiles at K = 1024: padding to the longest stream of a tile
-
-_WITHOUT_FORMAT = frozenset({Kernel.DENSE, Kernel.UNPACK})
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Plan:
                 f"kernels: expected one for each of the {len(BUCKET_ROWS)} batch buckets, "
                 f"got {len(self.kernels)}"
             )
-        if self.unpacked_from in _WITHOUT_FORMAT:
+        if self.unpacked_from in WITHOUT_FORMAT:
             raise ArgumentError(
                 f"unpacked_from: expected a kernel with a packed format, got "
                 f"{self.unpacked_from.name}"
@@ -83,7 +81,7 @@ class Plan:
     @property
     def needed(self) -> frozenset[Kernel]:
         """The kernels whose packed formats the plan reads."""
-        formats = frozenset(self.kernels) - _WITHOUT_FORMAT
+        formats = frozenset(self.kernels) - WITHOUT_FORMAT
         if not formats and Kernel.UNPACK in self.kernels:
             return frozenset({self.unpacked_from})
         return formats
@@ -109,7 +107,9 @@ def choose_plan(
     """The plan of one weight.
 
     The rule of ``"auto"``: at each batch size the fastest of the kernels whose formats are packed,
-    where one beats the dense product by more than the margin (3 % on CUDA, 5 % on the CPU).
+    where one beats the dense product by more than the margin (3 % on CUDA, 5 % on the CPU). Where
+    the batch size changes, each bucket is measured at its largest one, and a kernel that wins there
+    must not lose at the largest of the bucket before, so that it wins in between as well.
     A format is packed only if without it some batch size would take longer by more than the
     margin. Weights under 40 % sparsity or with fewer than 64 * 64 elements stay dense unmeasured.
 
@@ -119,8 +119,8 @@ def choose_plan(
         in_features: K, columns of the weight.
         sparsity: share of the weight that is pruned, in [0, 1].
         dtype: dtype of the computation (under autocast: the autocast dtype).
-        rows: rows of x, or None where they change from call to call; then the buckets up to 256
-            rows are measured, and all of them for 2:4.
+        rows: rows of x, at which all kernels are measured; or None where they change from call to
+            call: then the buckets up to 256 rows are measured, and all of them for 2:4.
         threshold: ``"auto"``, or a number that forces the sparse kernels from that sparsity on:
             on CUDA ``ROWS`` up to 4 rows from 80 % on, else ``TILES`` up to 64 rows, on the CPU
             ``CSR`` at any; 1.0 turns them off.
@@ -208,12 +208,12 @@ class _Case:
             self.device, self.out_features, self.in_features, self.dtype, self.pattern
         )
 
-    def buckets(self) -> tuple[int, ...]:
-        """The buckets that a choice is made for."""
+    def batches(self) -> tuple[int, ...]:
+        """The rows of x that a choice is made for."""
         if self.rows is not None:
-            return (batch_bucket(self.rows),)
+            return (max(self.rows, 1),)
         most = DYNAMIC_ROWS if self.pattern is None else BUCKET_ROWS[-1]
-        return tuple(i for i, rows in enumerate(BUCKET_ROWS) if rows <= most)
+        return tuple(rows for rows in BUCKET_ROWS if rows <= most)
 
     def plan(
         self,
@@ -231,7 +231,7 @@ class _Case:
 
     def forced(self, formats: tuple[Kernel, ...], why: str) -> Plan:
         """The kernel that a rule of thumb gives, in every bucket in question."""
-        buckets = range(len(BUCKET_ROWS)) if self.rows is None else self.buckets()
+        buckets = range(len(BUCKET_ROWS)) if self.rows is None else (batch_bucket(self.rows),)
         chosen = {}
         for bucket in buckets:
             rows = BUCKET_ROWS[bucket]
@@ -247,38 +247,43 @@ class _Case:
         """The fastest kernels, by times that are known or taken now."""
         formats = self.formats()
         wanted = {
-            bucket: candidates_of(formats, BUCKET_ROWS[bucket], self.dtype) | {self.base}
-            for bucket in self.buckets()
+            rows: candidates_of(formats, rows, self.dtype) | {self.base} for rows in self.batches()
         }
-        times, source = self._times(wanted)
-        usable = {
-            bucket: {kernel: own[kernel] for kernel in own if kernel in wanted[bucket]}
-            for bucket, own in times.items()
+        wanted = {rows: own for rows, own in wanted.items() if len(own) > 1}
+        if not wanted:
+            return self.constant(f"not measured: no sparse kernel for {self.rows} rows of x")
+        by_rows, source = self._times(wanted)
+        times = {
+            batch_bucket(rows): {kernel: own[kernel] for kernel in own if kernel in wanted[rows]}
+            for rows, own in by_rows.items()
         }
         excluded = Kernel.DENSE if self.can_release else Kernel.UNPACK
         choices: dict[int, dict[Kernel, float]] = {
             bucket: {kernel: ms for kernel, ms in own.items() if kernel != excluded}
-            for bucket, own in usable.items()
+            for bucket, own in times.items()
         }
+        margin = MARGINS[self.device.type]
+        if self.rows is None:
+            choices = dependable(choices, self.base, margin)
         # any batch size may come: the larger ones are not left to a format made for few rows
         fixed = {self.packed_for_unpack} if self.can_release and self.rows is None else set()
-        margin = MARGINS[self.device.type]
         kept = worthwhile(choices, self.base, margin, frozenset(fixed))
         chosen = {
             bucket: fastest(own, self.base, kept, margin) for bucket, own in choices.items() if own
         }
-        return self.plan(chosen, source, usable)
+        return self.plan(chosen, source, times)
 
     def _times(
         self, wanted: Mapping[int, frozenset[Kernel]]
     ) -> tuple[dict[int, dict[Kernel, float]], str]:
+        """Rows of x -> kernel -> milliseconds, and where they come from."""
         key = plan_cache.TimesKey.of(
             self.device, self.out_features, self.in_features, self.sparsity, self.dtype,
             cuda_graphs=self.cuda_graphs, pattern=self.pattern,
         )  # fmt: skip
         with plan_cache.lock:  # also: two measurements at a time would disturb each other
             times, sources = plan_cache.find(key, wanted)
-            missing = {bucket: own for bucket, own in wanted.items() if bucket not in times}
+            missing = {rows: own for rows, own in wanted.items() if rows not in times}
             if missing:
                 if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                     sources.append("not measured: the stream is being captured")
@@ -305,85 +310,6 @@ class _Case:
                 self.out_features, self.in_features, self.device, self.base.name,
             )  # fmt: skip
             return {}
-
-
-# -- what there is to choose from ------------------------------------------------------------
-def formats_of(
-    device: torch.device,
-    out_features: int,
-    in_features: int,
-    dtype: torch.dtype,
-    pattern: tuple[int, int] | None = None,
-) -> tuple[Kernel, ...]:
-    """The sparse kernels that ``device`` has for an (N, K) weight; none if it is empty or huge."""
-    if not 0 < out_features * in_features < MAX_NUMEL:
-        return ()
-    if device.type == "cpu":
-        return (Kernel.CSR,) if has_csr_kernel(device, dtype) else ()
-    if device.type != "cuda" or dtype not in FLOATS:
-        return ()
-    if pattern == (2, 4) and dtype in HALVES:
-        from resu_compile.kernels.semi_linear import is_supported
-
-        if is_supported(out_features, in_features, dtype):
-            return (Kernel.ROWS, Kernel.TILES, Kernel.SEMI)
-    return (Kernel.ROWS, Kernel.TILES)
-
-
-def candidates_of(formats: Iterable[Kernel], rows: int, dtype: torch.dtype) -> frozenset[Kernel]:
-    """What is measured at ``rows`` rows of x: the kernels made for that, and the dense product."""
-    most = {Kernel.ROWS: ROWS_MOST, Kernel.TILES: TILES_MOST if dtype in HALVES else 0}
-    return frozenset({Kernel.DENSE} | {k for k in formats if rows <= most.get(k, rows)})
-
-
-# -- the rule --------------------------------------------------------------------------------
-def fastest(
-    times: Mapping[Kernel, float], base: Kernel, formats: frozenset[Kernel], margin: float
-) -> Kernel:
-    """The fastest of ``formats`` in one bucket, or ``base`` unless it is beaten by the margin."""
-    limit = times.get(base, math.inf) * (1.0 - margin)
-    return min(
-        (kernel for kernel in sorted(times) if kernel in formats and times[kernel] < limit),
-        key=times.__getitem__,
-        default=base,
-    )
-
-
-def worthwhile(
-    times: Mapping[int, Mapping[Kernel, float]],
-    base: Kernel,
-    margin: float,
-    fixed: frozenset[Kernel] = frozenset(),
-) -> frozenset[Kernel]:
-    """The formats worth packing.
-
-    From all of them, the one that is missed least is left out, as long as no bucket loses more than
-    the margin by it.
-
-    Args:
-        times: bucket -> kernel -> milliseconds.
-        base: the kernel that needs no format of its own.
-        margin: share of a time, in [0, 1).
-        fixed: formats that are packed in any case.
-    """
-    formats = frozenset(k for own in times.values() for k in own) - _WITHOUT_FORMAT | fixed
-
-    def loss(without: Kernel) -> float:
-        """Largest share of its time that any bucket saves by this format; inf: needed."""
-        shares = [0.0]
-        for own in times.values():
-            with_it = own.get(fastest(own, base, formats, margin), math.inf)
-            without_it = own.get(fastest(own, base, formats - {without}, margin), math.inf)
-            if without_it > with_it:
-                shares.append(1.0 - with_it / without_it)
-        return max(shares)
-
-    while removable := formats - fixed:
-        least = min(sorted(removable, reverse=True), key=loss)
-        if loss(least) > margin:
-            break
-        formats -= {least}
-    return formats
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from resu_compile.kernels.csr_linear import csr_unpack
 from resu_compile.kernels.packed_linear import PackedLinear
-from resu_compile.kernels.plan import BUCKET_ROWS, Kernel, batch_bucket
+from resu_compile.kernels.plan import Kernel
 from resu_compile.runtime import kernel_times, stopwatch
 from resu_compile.runtime.kernel_times import measure_kernels
 from tests.tolerances import EXACT
@@ -27,7 +27,7 @@ needs_cuda = [
 
 def times_of(wanted=None, *, shape=(64, 96), sparsity=0.7, dtype=torch.float32, **options):
     options = {"cuda_graphs": False, "pattern": None, "unpacked_from": CSR} | options
-    return measure_kernels(CPU, *shape, sparsity, dtype, wanted or {0: {DENSE, CSR}}, **options)
+    return measure_kernels(CPU, *shape, sparsity, dtype, wanted or {1: {DENSE, CSR}}, **options)
 
 
 def products(sparsity=0.8, dtype=torch.float32, pattern=None, in_features=96):
@@ -36,9 +36,9 @@ def products(sparsity=0.8, dtype=torch.float32, pattern=None, in_features=96):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_measures_all_at_once(dtype):
-    wanted = {0: {DENSE, CSR}, batch_bucket(300): {DENSE, CSR, UNPACK}, 3: {DENSE}}
+    wanted = {1: {DENSE, CSR}, 300: {DENSE, CSR, UNPACK}, 9: {DENSE}}
     times = times_of(wanted, dtype=dtype)
-    assert {bucket: set(own) for bucket, own in times.items()} == wanted
+    assert {rows: set(own) for rows, own in times.items()} == wanted
     assert all(0 < ms < math.inf for own in times.values() for ms in own.values())
 
 
@@ -67,15 +67,14 @@ def test_a_pattern_keeps_n_of_each_m():
 def test_large_weights_are_measured_on_their_first_rows(monkeypatch):
     monkeypatch.setattr(kernel_times, "CPU_MAX_FLOP", 2 * 16 * 64 * 512)
     monkeypatch.setattr(stopwatch, "wall_ms", lambda _: 1.0)
-    bucket = batch_bucket(16)
-    times = times_of({bucket: {DENSE, CSR}}, shape=(2048, 64))
-    assert times == {bucket: {DENSE: 4.0, CSR: 4.0}}  # 512 of 2048 rows
+    times = times_of({16: {DENSE, CSR}}, shape=(2048, 64))
+    assert times == {16: {DENSE: 4.0, CSR: 4.0}}  # 512 of 2048 rows
 
 
 def test_the_fastest_counts_on_the_cpu(monkeypatch):
     clock = iter([5.0, 9.0, 1.0, 2.0, 7.0, 8.0] * 100)
     monkeypatch.setattr(stopwatch, "wall_ms", lambda _: next(clock))
-    assert times_of() == {0: {DENSE: 1.0, CSR: 2.0}}
+    assert times_of() == {1: {DENSE: 1.0, CSR: 2.0}}
 
 
 @pytest.mark.parametrize(
@@ -99,7 +98,7 @@ def test_under_fake_tensors_autocast_and_a_default_device():
     with FakeTensorMode(), torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
         times = times_of()
         assert type(torch.empty(1)).__name__ == "FakeTensor"  # the mode is back
-    assert times[0][CSR] > 0
+    assert times[1][CSR] > 0
 
 
 def test_under_a_trace():
@@ -110,7 +109,7 @@ def test_under_a_trace():
         return x + 1
 
     graph = make_fx(f, tracing_mode="symbolic")(torch.ones(2))
-    assert times[0][0][CSR] > 0
+    assert times[0][1][CSR] > 0
     assert [n.op for n in graph.graph.nodes] == ["placeholder", "call_function", "output"]
 
 
@@ -124,7 +123,7 @@ def test_inside_a_backend():
     with torch.inference_mode():
         y = torch.compile(lambda x: x * 2, backend=backend)(torch.ones(3))
     assert y.tolist() == [2.0, 2.0, 2.0]
-    assert times[0][0][CSR] > 0
+    assert times[0][1][CSR] > 0
 
 
 # -- CUDA ------------------------------------------------------------------------------------
@@ -132,13 +131,13 @@ def test_inside_a_backend():
     "graphs", [pytest.param(graphs, marks=needs_cuda) for graphs in (True, False)]
 )
 def test_cuda_measures(graphs):
-    wanted = {i: {DENSE, TILES, UNPACK} for i, rows in enumerate(BUCKET_ROWS) if rows <= 64}
-    wanted[0] = {DENSE, ROWS, TILES, UNPACK}
+    wanted = {rows: {DENSE, TILES, UNPACK} for rows in (1, 3, 64)}
+    wanted[1] = {DENSE, ROWS, TILES, UNPACK}
     times = measure_kernels(
         CUDA, 1024, 4096, 0.8, torch.bfloat16, wanted,
         cuda_graphs=graphs, pattern=None, unpacked_from=TILES,
     )  # fmt: skip
-    assert {bucket: set(own) for bucket, own in times.items()} == wanted
+    assert {rows: set(own) for rows, own in times.items()} == wanted
     assert all(0 < ms < 10 for own in times.values() for ms in own.values())
 
 

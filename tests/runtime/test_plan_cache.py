@@ -14,8 +14,8 @@ from resu_compile.runtime.plan_cache import TimesKey, find, keep, strip_comments
 
 CPU = torch.device("cpu")
 DENSE, CSR, ROWS, TILES, UNPACK, SEMI = Kernel
-TIMES = {0: {DENSE: 1.0, CSR: 0.5}, 3: {DENSE: 2.0, CSR: 3.0}}
-WANTED = {0: {DENSE, CSR}, 3: {DENSE, CSR}}
+TIMES = {1: {DENSE: 1.0, CSR: 0.5}, 8: {DENSE: 2.0, CSR: 3.0}}  # by rows of x
+WANTED = {1: {DENSE, CSR}, 8: {DENSE, CSR}}
 
 
 @pytest.fixture(autouse=True)
@@ -69,13 +69,13 @@ def test_kept_on_disk(cache_file):
     assert entry["8"] == {"dense": 2.0, f"csr@{plan_cache.code_hash(CSR)}": 3.0}
 
 
-def test_a_bucket_is_found_only_with_all_its_kernels():
+def test_a_row_count_is_found_only_with_all_its_kernels():
     keep(key_of(), TIMES)
-    assert find(key_of(), {0: {DENSE}, 3: {DENSE, CSR, UNPACK}, 4: {DENSE}})[0] == {0: TIMES[0]}
-    keep(key_of(), {3: {DENSE: 4.0, UNPACK: 5.0}, 4: {DENSE: 6.0}})
-    found, _ = find(key_of(), {0: {DENSE}, 3: {UNPACK}, 4: {DENSE}})
-    # a bucket is replaced as a whole: only times of one run are compared
-    assert found == {0: TIMES[0], 3: {DENSE: 4.0, UNPACK: 5.0}, 4: {DENSE: 6.0}}
+    assert find(key_of(), {1: {DENSE}, 8: {DENSE, CSR, UNPACK}, 16: {DENSE}})[0] == {1: TIMES[1]}
+    keep(key_of(), {8: {DENSE: 4.0, UNPACK: 5.0}, 16: {DENSE: 6.0}})
+    found, _ = find(key_of(), {1: {DENSE}, 8: {UNPACK}, 16: {DENSE}})
+    # a row count is replaced as a whole: only times of one run are compared
+    assert found == {1: TIMES[1], 8: {DENSE: 4.0, UNPACK: 5.0}, 16: {DENSE: 6.0}}
 
 
 def test_times_of_other_code_or_another_torch_do_not_count(monkeypatch):
@@ -83,7 +83,7 @@ def test_times_of_other_code_or_another_torch_do_not_count(monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(plan_cache, "code_hash", lambda k: "" if k is DENSE else "01234567")
         assert find(key_of(), WANTED) == ({}, [])
-        assert find(key_of(), {0: {DENSE}})[0] == {0: {DENSE: 1.0}}
+        assert find(key_of(), {1: {DENSE}})[0] == {1: {DENSE: 1.0}}
     monkeypatch.setattr(torch, "__version__", "9.9")
     assert find(key_of(), WANTED) == ({}, [])
 
@@ -93,9 +93,9 @@ def test_two_processes_keep_both_entries(cache_file):
     other.move(cache_file)
     keep(key_of(), TIMES)  # this process has read the file before the other writes
     other.put("theirs", {"1": {"dense": 3.0}})
-    keep(key_of(), {4: {DENSE: 1.0}})
+    keep(key_of(), {16: {DENSE: 1.0}})
     plan_cache.set_cache_path(cache_file)
-    assert find(key_of(), WANTED | {4: {DENSE}})[0] == TIMES | {4: {DENSE: 1.0}}
+    assert find(key_of(), WANTED | {16: {DENSE}})[0] == TIMES | {16: {DENSE: 1.0}}
     assert json.loads(cache_file.read_text())["times_ms"]["theirs"] == {"1": {"dense": 3.0}}
 
 
@@ -168,9 +168,9 @@ def ship(tmp_path):
 def test_shipped_times_stand_in_for_what_the_cache_lacks(ship):
     key = key_of()
     ship({f"{key.device}|{key.text}": plan_cache.to_stored(key, TIMES)})
-    keep(key, {0: {DENSE: 7.0, CSR: 8.0}})
+    keep(key, {1: {DENSE: 7.0, CSR: 8.0}})
     found, sources = find(key, WANTED)
-    assert found == {0: {DENSE: 7.0, CSR: 8.0}, 3: TIMES[3]}
+    assert found == {1: {DENSE: 7.0, CSR: 8.0}, 8: TIMES[8]}
     assert sources == ["cache", "shipped"]
 
 
@@ -220,7 +220,7 @@ def test_each_kernel_has_a_hash_of_its_own_code():
 
 def test_unpacking_counts_with_the_code_of_its_format():
     key = key_of()
-    keep(key, {0: {UNPACK: 1.0}})
+    keep(key, {1: {UNPACK: 1.0}})
     (own,) = plan_cache._user.get(plan_cache._user_key(key)).values()
     assert own == {f"unpack@{plan_cache.code_hash(CSR)}": 1.0}
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from resu_compile.errors import ArgumentError, ArgumentTypeError
 from resu_compile.kernels.plan import BUCKET_ROWS, Kernel, batch_bucket
-from resu_compile.runtime import kernel_times, plan_cache, plans
-from resu_compile.runtime.plans import Plan, choose_plan, fastest, worthwhile
+from resu_compile.runtime import kernel_choice, kernel_times, plan_cache
+from resu_compile.runtime.kernel_choice import dependable, fastest, worthwhile
+from resu_compile.runtime.plans import Plan, choose_plan
 
 CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
 DENSE, CSR, ROWS, TILES, UNPACK, SEMI = Kernel
@@ -25,7 +26,7 @@ def cache_file(tmp_path, monkeypatch):
     monkeypatch.setattr(plan_cache, "_shipped", dict)
     monkeypatch.setattr(plan_cache, "device_name", lambda device: f"some {device.type}")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(plans, "has_csr_kernel", lambda *_: True)
+    monkeypatch.setattr(kernel_choice, "has_csr_kernel", lambda *_: True)
     monkeypatch.setattr("resu_compile.kernels.semi_linear.is_supported", lambda *_: True)
     yield path
     plan_cache.set_cache_path(None)
@@ -37,10 +38,10 @@ def measured(monkeypatch):
     asked = []
 
     def fake(device, n, k, sparsity, dtype, wanted, **_):  # noqa: ARG001
-        asked.append({BUCKET_ROWS[bucket]: set(kernels) for bucket, kernels in wanted.items()})
+        asked.append({rows: set(kernels) for rows, kernels in wanted.items()})
         return {
-            bucket: {kernel: fake.time_of(BUCKET_ROWS[bucket], kernel) for kernel in kernels}
-            for bucket, kernels in wanted.items()
+            rows: {kernel: fake.time_of(rows, kernel) for kernel in kernels}
+            for rows, kernels in wanted.items()
         }
 
     # cost by entries, by tiles, by bytes and FLOP: each kernel is best somewhere
@@ -151,18 +152,36 @@ def test_auto_takes_the_fastest_at_every_batch_size(measured):
     assert plan.source == "measured"
     assert plan.times_ms[batch_bucket(2)] == {DENSE: 10.1, ROWS: 5.0, TILES: 5.2}
     few, many = {DENSE, ROWS, TILES}, {DENSE, TILES}
-    assert measured.asked == [
-        dict.fromkeys((1, 2, 4, 8), few) | dict.fromkeys((16, 32, 64), many)
-        | dict.fromkeys((128, 256), {DENSE})
-    ]  # fmt: skip
+    assert measured.asked == [dict.fromkeys((1, 2, 4, 8), few) | dict.fromkeys((16, 32, 64), many)]
 
 
 def test_auto_static_rows(measured):
     plan = plan_of(5)
     assert by_rows(plan) == {rows: TILES if rows == 8 else DENSE for rows in BUCKET_ROWS}
     assert plan.needed == {TILES}
-    assert [set(asked) for asked in measured.asked] == [{8}]
-    assert plan_of(300).is_dense
+    assert plan.times_ms == {batch_bucket(5): {DENSE: 10.25, ROWS: 9.5, TILES: 5.5}}
+    assert [set(asked) for asked in measured.asked] == [{5}]  # at that very batch size
+    large = plan_of(300)
+    assert large.is_dense
+    assert large.source == "not measured: no sparse kernel for 300 rows of x"
+    assert len(measured.asked) == 1
+
+
+def test_a_kernel_that_loses_at_the_bucket_before_may_lose_inside(measured):
+    measured.time_of = lambda rows, kernel: {DENSE: 0.5 * rows, TILES: 4.0, ROWS: 9.0}[kernel]
+    assert plan_of(16).kernels[batch_bucket(16)] is TILES
+    plan = by_rows(plan_of())
+    assert (plan[8], plan[16], plan[32]) == (DENSE, TILES, TILES)  # at 9 to 16 never slower
+    measured.time_of = lambda rows, kernel: {DENSE: 0.48 * rows, TILES: 4.0, ROWS: 9.0}[kernel]
+    plan = by_rows(plan_of(shape=(128, 256)))
+    assert (plan[8], plan[16], plan[32]) == (DENSE, DENSE, TILES)  # 9 rows: dense by 4.32 ms
+    assert plan_of(9, shape=(128, 256)).kernels[batch_bucket(9)] is TILES
+
+
+def test_dependable_reads_the_bucket_before():
+    times = {0: {DENSE: 1.0, ROWS: 1.04}, 1: {DENSE: 2.0, ROWS: 1.0, TILES: 1.0}, 3: {ROWS: 1.0}}
+    assert dependable(times, DENSE, 0.05) == times
+    assert dependable(times, DENSE, 0.03)[1] == {DENSE: 2.0, TILES: 1.0}
 
 
 def test_auto_on_the_cpu(measured):
@@ -357,24 +376,24 @@ def test_measured_once_then_from_the_cache(measured, cache_file):
     again = plan_of()
     assert (again.kernels, again.times_ms) == (first.kernels, first.times_ms)
     assert again.source == "cache"
-    assert plan_of(3).source == "cache"  # one of the same buckets
+    assert plan_of(4).source == "cache"
     assert plan_of(dtype=torch.float16).source == "measured"
     assert len(measured.asked) == 2
 
 
 def test_only_what_no_table_has_is_measured(measured, monkeypatch):
     key = plan_cache.TimesKey.of(CUDA, 256, 128, 0.7, torch.bfloat16, cuda_graphs=False)
-    shipped = {bucket: {DENSE: 9.0, ROWS: 8.0, TILES: 1.0, UNPACK: 9.5} for bucket in (0, 1)}
+    shipped = {rows: {DENSE: 9.0, ROWS: 8.0, TILES: 1.0, UNPACK: 9.5} for rows in (1, 2)}
     entries = {f"{key.device}|{key.text}": plan_cache.to_stored(key, shipped)}
     monkeypatch.setattr(plan_cache, "_shipped", lambda: entries)
     plan = plan_of()
-    assert set(measured.asked[0]) == {4, 8, 16, 32, 64, 128, 256}
+    assert set(measured.asked[0]) == {4, 8, 16, 32, 64}
     assert plan.source == "shipped, measured"
     assert by_rows(plan)[1] is TILES
     assert plan.times_ms[0] == {DENSE: 9.0, ROWS: 8.0, TILES: 1.0}  # what was no candidate is left
     static = plan_of(1, release_dense=True)
     assert static.source == "shipped"
-    assert static.times_ms == {0: shipped[0]}
+    assert static.times_ms == {0: shipped[1]}
     assert len(measured.asked) == 1
 
 
