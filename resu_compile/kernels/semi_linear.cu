@@ -5,12 +5,12 @@
 // SPLIT blocks of a cluster add their sums through distributed shared memory, in rank order, so
 // that the result does not depend on timing.
 //
-// Defined by the host: BF16 (0 or 1), TILES, BLOCKS, SPLIT, LEAST_BLOCKS (blocks of an SM).
+// Defined by the host: BF16 (0 or 1), TILES, BLOCKS, WARPS, SPLIT, AHEAD (chunks of W that are asked
+// into L2 while the kernel ahead still runs), LEAST_BLOCKS (blocks of an SM).
 
 using u32 = unsigned int;
 using u16 = unsigned short;
 
-constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;
 constexpr int CHUNK = 256;                      // columns of W of one load of places
 constexpr int STEPS = CHUNK / 32;               // mma.sp of a chunk
@@ -22,8 +22,6 @@ constexpr int M_TILE = 8 * TILES;
 constexpr int STAGE_BYTES = M_TILE * STAGE * 2;
 constexpr int N_TILE = 16 * WARPS * BLOCKS;
 constexpr int SUM_STRIDE = N_TILE + 4;  // floats; keeps the writes of a warp in different banks
-constexpr int X_BYTES = STAGES * STAGE_BYTES;
-constexpr int SUM_BYTES = M_TILE * SUM_STRIDE * 4;
 
 struct SemiArgs {
     const uint4* values;
@@ -45,6 +43,15 @@ __device__ __forceinline__ uint4 stream(const uint4* from) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(from));
     return v;
+}
+
+__device__ __forceinline__ void prefetch(const uint4* values, const uint4* places, int chunks) {
+#if __CUDA_ARCH__ >= 900 && AHEAD > 0
+    if (chunks <= 0) return;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(values),
+                 "r"(chunks * STEPS * 32 * 16));
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(places), "r"(chunks * 32 * 16));
+#endif
 }
 
 __device__ __forceinline__ void copy16(u32 to, const void* from, bool inside) {
@@ -113,16 +120,20 @@ __device__ __forceinline__ void sync_cluster() {
 #endif
 }
 
-__device__ __forceinline__ float sum_of(u32 here, int rank) {
-    float value;
+__device__ __forceinline__ float4 sums_of(u32 here, int rank) {
+    float4 v;
 #if SPLIT > 1
     u32 there;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
 #else
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(here) : "memory");
+    const u32 there = here;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
 #endif
-    return value;
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(there)
+                 : "memory");
+    return v;
 }
 
 extern "C" __global__ void
@@ -130,7 +141,7 @@ extern "C" __global__ void
 __cluster_dims__(SPLIT, 1, 1)
 #endif
 __launch_bounds__(THREADS, LEAST_BLOCKS) semi_linear(SemiArgs args) {
-    __shared__ __align__(128) char shared[X_BYTES > SUM_BYTES ? X_BYTES : SUM_BYTES];
+    extern __shared__ __align__(128) char shared[];  // stages of x, then sums
     const u32 base = u32(__cvta_generic_to_shared(shared));
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const int n_tiles = (args.row_blocks + WARPS * BLOCKS - 1) / (WARPS * BLOCKS);
@@ -141,11 +152,6 @@ __launch_bounds__(THREADS, LEAST_BLOCKS) semi_linear(SemiArgs args) {
     const int share = (args.chunks + SPLIT - 1) / SPLIT;
     const int first = min(rank * share, args.chunks), last = min(first + share, args.chunks);
 
-#if __CUDA_ARCH__ >= 900
-    // launched before the kernel ahead has ended: the next one may come, this one reads from here on
-    asm volatile("griddepcontrol.launch_dependents;");
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
     float sums[BLOCKS][TILES][4] = {};
     uint4 values[BLOCKS][STEPS], places[BLOCKS];
     const uint4 *from[BLOCKS], *places_from[BLOCKS];
@@ -156,6 +162,16 @@ __launch_bounds__(THREADS, LEAST_BLOCKS) semi_linear(SemiArgs args) {
         const long long chunk = (long long)row * args.chunks + first;
         from[r] = args.values + chunk * (STEPS * 32) + lane;
         places_from[r] = args.places + chunk * 32 + lane;
+        if (lane == 0) prefetch(from[r], places_from[r], min(AHEAD, last - first));
+    }
+#if __CUDA_ARCH__ >= 900
+    // Launched before the kernel ahead has ended, whose results are read from here on; until then
+    // weights come as far as L2, which is coherent. The next kernel may come at any time.
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+#pragma unroll
+    for (int r = 0; r < BLOCKS; r++) {
         if (first < last) {
             places[r] = stream(places_from[r]);
 #pragma unroll
@@ -248,17 +264,26 @@ __launch_bounds__(THREADS, LEAST_BLOCKS) semi_linear(SemiArgs args) {
                 out[row * SUM_STRIDE + column] = sums[r][t][i];
             }
     sync_cluster();
-    for (int i = rank * THREADS + thread; i < M_TILE * N_TILE; i += SPLIT * THREADS) {
-        const int row = i / N_TILE, column = i % N_TILE;
+    constexpr int QUADS = N_TILE / 4;
+    for (int i = rank * THREADS + thread; i < M_TILE * QUADS; i += SPLIT * THREADS) {
+        const int row = i / QUADS, column = i % QUADS * 4;
         const int m = m0 + row, n = n_tile * N_TILE + column;
         if (m >= args.m || n >= args.n) continue;
         const u32 here = base + (row * SUM_STRIDE + column) * 4;
-        float sum = 0.0f;
+        float sum[4] = {};
 #pragma unroll
-        for (int other = 0; other < SPLIT; other++) sum += sum_of(here, other);
-        if (args.bias16) sum += to_float(args.bias16[n]);
-        if (args.bias32) sum += args.bias32[n];
-        args.y[(long long)m * args.n + n] = rounded(activated(sum, args.activation));
+        for (int other = 0; other < SPLIT; other++) {
+            const float4 part = sums_of(here, other);
+            sum[0] += part.x, sum[1] += part.y, sum[2] += part.z, sum[3] += part.w;
+        }
+        u16* y = args.y + (long long)m * args.n + n;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (n + j >= args.n) break;
+            if (args.bias16) sum[j] += to_float(args.bias16[n + j]);
+            if (args.bias32) sum[j] += args.bias32[n + j];
+            y[j] = rounded(activated(sum[j], args.activation));
+        }
     }
 #if SPLIT > 1
     sync_cluster();  // others may still read the sums of this block

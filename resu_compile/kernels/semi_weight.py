@@ -18,6 +18,7 @@ https://docs.nvidia.com/cuda/parallel-thread-execution/#warp-level-matrix-instru
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resu_compile.errors import ArgumentError
+from resu_compile.kernels._nvrtc import CudaModule, load_module
 from resu_compile.kernels._triton import cdiv
 
 SEMI_WEIGHT_VERSION = 1  # of the layout above; a file names the version that it was written in
@@ -33,6 +35,7 @@ ROWS = 16  # rows of a block
 COLUMNS = 256  # columns that the places of one 16-byte load cover: four blocks
 GROUP = 4
 KEPT = 2
+UNPACK_WARPS = 4  # of a block, as in semi_unpack.cu
 
 # Values move as integers: exact for NaN payloads and signed zeros.
 _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -162,6 +165,49 @@ def pack_semi(weight: Tensor, mask: Tensor | None = None) -> SemiWeight:
 
 def unpack_semi(packed: SemiWeight) -> Tensor:
     """The dense weight (N, K), contiguous: kept values to the bit, +0 elsewhere."""
+    if packed.values.is_cuda and packed.values.dtype.itemsize == 2:
+        index = packed.values.device.index
+        with torch.cuda.device(index):
+            module = load_module(("semi_unpack.cu",), (), 32 * UNPACK_WARPS, index)
+            if module is not None:
+                return _unpack_cuda(packed, module)
+    return unpack_semi_reference(packed)
+
+
+class _UnpackArgs(ctypes.Structure):
+    """What the kernel takes, as in semi_unpack.cu."""
+
+    _fields_ = [
+        ("values", ctypes.c_void_p),
+        ("places", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("n", ctypes.c_int),
+        ("k", ctypes.c_int),
+        ("row_blocks", ctypes.c_int),
+        ("chunks", ctypes.c_int),
+    ]
+
+
+def _unpack_cuda(packed: SemiWeight, module: CudaModule) -> Tensor:
+    n, k = packed.shape
+    dense = packed.values.new_empty(n, k)
+    row_blocks, chunks = packed.places.shape[:2]
+    args = _UnpackArgs(
+        packed.values.data_ptr(),
+        packed.places.data_ptr(),
+        dense.data_ptr(),
+        n,
+        k,
+        row_blocks,
+        chunks,
+    )
+    if dense.numel():
+        module.launch("semi_unpack", cdiv(row_blocks * chunks, UNPACK_WARPS), args)
+    return dense
+
+
+def unpack_semi_reference(packed: SemiWeight) -> Tensor:
+    """Plain PyTorch meaning of ``unpack_semi``, on every device."""
     rows, columns = _padded(packed.shape)
     values = _as_integers(packed.values)
     pairs = (

@@ -114,12 +114,25 @@ def test_wrong_arguments_are_named():
 def test_the_cut_covers_the_work(rows, clusters):
     for n_blocks, chunks in ((1, 1), (256, 16), (896, 16), (256, 56)):
         config = semi_config(rows, n_blocks, chunks, 132, clusters=clusters)
-        assert config.split <= chunks
+        assert config.split == 1 or config.grid(rows, n_blocks) <= 264
         assert config.split == 1 or clusters
         per_block = 8 * config.tiles, config.warps * config.blocks
         tiles = config.grid(rows, n_blocks) / config.split
         assert tiles * per_block[0] * per_block[1] >= rows * n_blocks
         assert config.tiles == 8 or per_block[0] >= rows
+
+
+def test_small_layers_share_their_columns():
+    cuts = {
+        (1, 256, 16): 4,  # 4096 x 4096
+        (1, 896, 16): 1,  # 14336 x 4096: enough rows
+        (16, 256, 56): 4,
+        (64, 256, 56): 8,
+        (64, 512, 32): 4,
+        (1, 1, 1): 1,
+    }
+    found = {case: semi_config(*case, 132, clusters=True).split for case in cuts}
+    assert found == cuts
 
 
 # -- CUDA ------------------------------------------------------------------------------------

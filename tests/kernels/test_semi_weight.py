@@ -9,6 +9,7 @@ from resu_compile.kernels.semi_weight import (
     is_semi_structured,
     pack_semi,
     unpack_semi,
+    unpack_semi_reference,
 )
 
 SHAPES = [
@@ -17,6 +18,16 @@ SHAPES = [
     pytest.param((37, 300), id="ragged"),
     pytest.param((1, 4), id="tiny"),
     pytest.param((5, 7), id="short group"),
+]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.cuda,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+        ],
+    ),
 ]
 INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
@@ -29,18 +40,20 @@ def two_of_four(shape, at_most=True):
     return (rank < count.unsqueeze(-1)).reshape(rows, -1)[:, :columns]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_unpacking_gives_every_bit_back(shape, dtype):
-    mask = two_of_four(shape)
-    weight = torch.randn(shape).to(dtype)
-    weight[torch.rand(shape) < 0.2] = -0.0
-    weight[torch.rand(shape) < 0.1] = torch.nan
+def test_unpacking_gives_every_bit_back(shape, dtype, device):
+    mask = two_of_four(shape).to(device)
+    weight = torch.randn(shape, device=device).to(dtype)
+    weight[torch.rand(shape, device=device) < 0.2] = -0.0
+    weight[torch.rand(shape, device=device) < 0.1] = torch.nan
     packed = pack_semi(weight, mask)
     found = unpack_semi(packed)
     bits = INTEGERS[dtype]
     assert found.dtype == dtype
     assert torch.equal(found.view(bits), torch.where(mask, weight.view(bits), 0))
+    assert torch.equal(unpack_semi_reference(packed).view(bits), found.view(bits))
 
 
 def test_without_a_mask_what_is_not_zero_is_kept():
