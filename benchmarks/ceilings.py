@@ -27,7 +27,7 @@ from resu_compile.kernels._triton import HAS_TRITON, jit, tl
 
 READ_BYTES = 2**32 if CUDA else 2**27  # well beyond every cache
 SIDE = 8192 if CUDA else 1024  # of the matrices
-BLOCK = 4096  # float32 numbers in one step of a program: 16 KiB
+BLOCKS = (4096, 16384)  # float32 numbers in one step of a program: all are on their way at once
 PROGRAMS_PER_SM = 8
 
 
@@ -53,17 +53,17 @@ class Ceilings:
 
 @jit
 def _read_kernel(x_ptr, out_ptr, blocks, BLOCK: tl.constexpr):
-    pid = tl.program_id(0)
+    pid = tl.program_id(0).to(tl.int64)  # 4 GiB and more: offsets pass 2**31
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
     lane = tl.arange(0, BLOCK)
     for block in range(pid, blocks, tl.num_programs(0)):
-        acc += tl.load(x_ptr + block.to(tl.int64) * BLOCK + lane, eviction_policy="evict_first")
+        acc += tl.load(x_ptr + block * BLOCK + lane, eviction_policy="evict_first")
     tl.store(out_ptr + pid, tl.sum(acc, axis=0))
 
 
-def read_triton(x: torch.Tensor, out: torch.Tensor) -> None:
-    """Read all of ``x`` (float32, a multiple of ``BLOCK``); sums of programs go to ``out``."""
-    _read_kernel[(out.numel(),)](x, out, x.numel() // BLOCK, BLOCK=BLOCK, num_warps=8)
+def read_triton(x: torch.Tensor, out: torch.Tensor, block: int) -> None:
+    """Read all of ``x`` (float32, a multiple of ``block``); sums of programs go to ``out``."""
+    _read_kernel[(out.numel(),)](x, out, x.numel() // block, BLOCK=block, num_warps=8)
 
 
 @functools.cache
@@ -77,17 +77,22 @@ def ceilings() -> Ceilings:
             "sum": Entry((lambda: torch.sum(x),), x.nbytes),
             "copy": Entry((lambda: y.copy_(x),), 2 * x.nbytes),
         }
-        if CUDA and HAS_TRITON:
-            programs = PROGRAMS_PER_SM * torch.cuda.get_device_properties(0).multi_processor_count
+        for name, (block, programs) in reads.items():
             out = torch.empty(programs, device=DEVICE)
-            read_triton(x, out)
+            read_triton(x, out, block)
             torch.testing.assert_close(out.double().sum(), x.double().sum(), rtol=0, atol=100)
-            entries["read"] = Entry((lambda: read_triton(x, out),), x.nbytes)
+            entries[name] = Entry((functools.partial(read_triton, x, out, block),), x.nbytes)
         return entries
 
-    impls = ("sum", "copy", "read") if CUDA and HAS_TRITON else ("sum", "copy")
+    reads: dict[str, tuple[int, int]] = {}
+    if CUDA and HAS_TRITON:
+        resident = PROGRAMS_PER_SM * torch.cuda.get_device_properties(0).multi_processor_count
+        for block in BLOCKS:  # by few programs that stay, and by one program a step
+            reads[f"read {block}, stay"] = (block, resident)
+            reads[f"read {block}"] = (block, x.numel() // block)
+    impls = ("sum", "copy", *reads)
     ms = {k: t.ms for k, t in measure(Group("memory", impls, ("copy",), build)).items()}
-    read_ms = min(ms["sum"], ms.get("read", math.inf))
+    read_ms = min(own for name, own in ms.items() if name != "copy")
     return Ceilings(x.nbytes / read_ms * 1e3, 2 * x.nbytes / ms["copy"] * 1e3, _flop_rate())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import platform
 import re
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 UNKNOWN = "unknown"
+PACKAGE = Path(__file__).resolve().parents[1] / "resu_compile"
 
 
 @functools.cache
@@ -27,7 +29,7 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
-        "resu_compile": _commit(),
+        "resu_compile": _sources(),
     }
 
 
@@ -74,9 +76,14 @@ def _version(package: str) -> str:
         return ""
 
 
-def _commit() -> str:
-    folder = Path(__file__).resolve().parent
-    return _first_line(["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]) or UNKNOWN
+def _sources() -> str:
+    """Version of the package and eight digits of its sources: the code that was measured."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*")):
+        if path.suffix in (".py", ".cu", ".cuh"):
+            digest.update(path.relative_to(PACKAGE).as_posix().encode())
+            digest.update(path.read_bytes())
+    return f"{_version('resu-compile') or 'source'} {digest.hexdigest()[:8]}"
 
 
 def _first_line(command: list[str]) -> str:
