@@ -43,6 +43,20 @@ SPARSITIES = (0.5, 0.7, 0.9, 0.95) if CUDA else (0.5, 0.7, 0.9)
 GROUP_ROWS = (1, 4, 16, 64) if CUDA else (1, 16)
 GROUP_SPARSITIES = (0.5, 0.7, 0.9) if CUDA else (0.7, 0.9)
 
+# further weights, at one sparsity and two batch sizes: merged ones, small ones
+MORE_NAMES = (
+    (
+        "llama3-8b qkv",
+        "llama3-8b gate_up",
+        "llama3.2-1b qkv",
+        "llama3.2-1b gate_up",
+        "vit-l mlp.fc1",
+    )
+    if CUDA
+    else ("vit-l mlp.fc2", "llama3.2-1b q_proj")
+)
+MORE_SPARSITY, MORE_ROWS = (0.7 if CUDA else 0.9), (1, 16)
+
 # kernel -> the most rows of x that it is timed at, and the letter that stands for it in a table
 KERNELS = {Kernel.ROWS: 8, Kernel.TILES: 64} if CUDA else {Kernel.CSR: 512}
 LETTERS = {Kernel.ROWS: "R", Kernel.TILES: "T", Kernel.CSR: "C"}
@@ -179,6 +193,7 @@ def groups(*, smallest: bool = False) -> list[Group]:
         for sparsity in GROUP_SPARSITIES
         for rows in (*GROUP_ROWS, *(r for r in UNPACK_ROWS if r not in GROUP_ROWS))
     ]
+    found += [linear_group(name, MORE_SPARSITY, rows) for name in MORE_NAMES for rows in MORE_ROWS]
     if CUDA:
         found += [
             semi_group("llama3-8b gate_proj", rows, dtype)
