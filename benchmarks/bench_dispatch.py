@@ -105,9 +105,22 @@ def random_points(count: int, seed: int) -> Iterator[tuple[int, int, int, float]
         yield n, k, rows, numbers.uniform(0.4, 0.99)
 
 
-def measure_point(n: int, k: int, rows: int, sparsity: float, *, cuda_graphs: bool) -> Point:
-    """Choose a plan, then time what it runs, on a weight of its own."""
-    plan = choose_plan(DEVICE, n, k, sparsity, DTYPE, rows, "auto", cuda_graphs=cuda_graphs)
+def measure_point(
+    n: int, k: int, rows: int, sparsity: float, *, cuda_graphs: bool, dynamic: bool = False
+) -> Point:
+    """Choose a plan, then time what it runs, on a weight of its own.
+
+    Args:
+        n: out_features.
+        k: in_features.
+        rows: rows of x.
+        sparsity: share of pruned weights.
+        cuda_graphs: time on the device, for a plan that is chosen for that.
+        dynamic: choose the plan as for a batch size that changes.
+    """
+    plan = choose_plan(
+        DEVICE, n, k, sparsity, DTYPE, None if dynamic else rows, "auto", cuda_graphs=cuda_graphs
+    )
     kernel = plan.kernels[batch_bucket(rows)]
     weight, x = make_weight((n, k), sparsity, DTYPE), make_x(rows, k, DTYPE)
     dense = [
@@ -190,11 +203,13 @@ def summary(points: Sequence[Point]) -> str:
     return "\n".join(lines)
 
 
-def sweep(count: int, seed: int, *, cuda_graphs: bool, worst: int = 12) -> Result:
+def sweep(
+    count: int, seed: int, *, cuda_graphs: bool, dynamic: bool = False, worst: int = 12
+) -> Result:
     """The result of ``count`` random points; the table shows the worst of the sparse ones."""
     points = []
     for i, (n, k, rows, sparsity) in enumerate(random_points(count, seed)):
-        points.append(measure_point(n, k, rows, sparsity, cuda_graphs=cuda_graphs))
+        points.append(measure_point(n, k, rows, sparsity, cuda_graphs=cuda_graphs, dynamic=dynamic))
         if i % 20 == 19:
             say(f"{i + 1} points")
     taken = sorted((p for p in points if p.kernel != Kernel.DENSE.name), key=lambda p: p.speedup)
@@ -205,10 +220,12 @@ def sweep(count: int, seed: int, *, cuda_graphs: bool, worst: int = 12) -> Resul
         for p in taken[:worst]
     ]  # fmt: skip
     launch = "CUDA graphs" if CUDA and cuda_graphs else "calls"
+    batch = "a batch size that may change" if dynamic else "a known batch size"
+    options = " --calls" * (CUDA and not cuda_graphs) + " --dynamic" * dynamic
     return Result(
-        f"The {len(body)} worst of {len(points)} random points in {launch}, "
+        f"The {len(body)} worst of {len(points)} random points in {launch}, plans for {batch}; "
         + summary(points).replace("\n", "; "),
-        f"python -m benchmarks.bench_dispatch --sweep {count} --seed {seed}",
+        f"python -m benchmarks.bench_dispatch --sweep {count} --seed {seed}{options}",
         ["weight", "M", "pruned", "plan", "dense, us", "plan, us", "speed-up", "noise"],
         body,
         [asdict(point) for point in points],
@@ -271,6 +288,7 @@ def main() -> None:
     parser.add_argument("--sweep", type=int, metavar="POINTS", help="random points to compare")
     parser.add_argument("--seed", type=int, default=0, help="of the random points")
     parser.add_argument("--calls", action="store_true", help="calls from Python, no CUDA graphs")
+    parser.add_argument("--dynamic", action="store_true", help="plans for all batch sizes at once")
     parser.add_argument("--json", type=Path, help="where to write the sweep's result")
     parser.add_argument("--make-table", action="store_true", help="times of the named shapes")
     parser.add_argument("--out", type=Path, help="file of the table; the package's own if missing")
@@ -284,7 +302,12 @@ def main() -> None:
     if arguments.sweep:
         with tempfile.TemporaryDirectory() as folder:  # chosen afresh, not by an older cache
             plan_cache.set_cache_path(Path(folder) / "times.json")
-            result = sweep(arguments.sweep, arguments.seed, cuda_graphs=not arguments.calls)
+            result = sweep(
+                arguments.sweep,
+                arguments.seed,
+                cuda_graphs=not arguments.calls,
+                dynamic=arguments.dynamic,
+            )
             plan_cache.set_cache_path(None)
         sys.stdout.write(result.text() + "\n")
         if arguments.json:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from resu_compile.kernels.csr_linear import has_csr_kernel
-from resu_compile.kernels.plan import Kernel
+from resu_compile.kernels.plan import BUCKET_ROWS, Kernel
 
 MAX_NUMEL = 2**31 - 2**16  # entry numbers are int32
 
@@ -54,20 +54,34 @@ def candidates_of(formats: Iterable[Kernel], rows: int, dtype: torch.dtype) -> f
 
 
 # -- the rule --------------------------------------------------------------------------------
-def dependable(
+def uncertain(
     times: Mapping[int, Mapping[Kernel, float]], base: Kernel, margin: float
-) -> dict[int, dict[Kernel, float]]:
-    """The times without those of kernels that lose to ``base`` at the next smaller batch.
+) -> dict[int, frozenset[Kernel]]:
+    """The kernels that win at the largest batch of a bucket and may lose at its smallest.
 
-    A bucket is measured at its largest batch. What wins there wins at the smaller ones of the
-    bucket too if it does not lose, by more than the margin, at the largest of the bucket before.
+    Times grow with the batch, often in steps. What is at its largest batch still faster than
+    ``base`` at the largest of the bucket before is faster in between, whatever the steps.
+
+    Args:
+        times: bucket -> kernel -> milliseconds at the largest batch of the bucket.
+        base: the kernel that is to be beaten.
+        margin: share of a time, in [0, 1).
     """
-    result: dict[int, dict[Kernel, float]] = {}
+    result = {}
     for bucket, own in times.items():
-        below = times.get(bucket - 1, {})
-        limit = below.get(base, math.inf) * (1.0 + margin)
-        result[bucket] = {k: ms for k, ms in own.items() if k == base or below.get(k, 0.0) <= limit}
+        if smallest_batch(bucket) == BUCKET_ROWS[bucket]:
+            continue
+        limit = own.get(base, math.inf) * (1.0 - margin)
+        sure = times.get(bucket - 1, {}).get(base, 0.0)
+        kernels = frozenset(k for k, ms in own.items() if k != base and sure < ms < limit)
+        if kernels:
+            result[bucket] = kernels
     return result
+
+
+def smallest_batch(bucket: int) -> int:
+    """Rows of x from which on ``batch_bucket`` gives this bucket."""
+    return BUCKET_ROWS[bucket - 1] + 1 if bucket else 1
 
 
 def fastest(

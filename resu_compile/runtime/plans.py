@@ -9,6 +9,7 @@ dtype; a number forces the sparse kernels from that sparsity on.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -24,9 +25,10 @@ from resu_compile.runtime.kernel_choice import (
     TILES_MOST,
     WITHOUT_FORMAT,
     candidates_of,
-    dependable,
     fastest,
     formats_of,
+    smallest_batch,
+    uncertain,
     worthwhile,
 )
 
@@ -108,8 +110,8 @@ def choose_plan(
 
     The rule of ``"auto"``: at each batch size the fastest of the kernels whose formats are packed,
     where one beats the dense product by more than the margin (3 % on CUDA, 5 % on the CPU). Where
-    the batch size changes, each bucket is measured at its largest one, and a kernel that wins there
-    must not lose at the largest of the bucket before, so that it wins in between as well.
+    the batch size changes, each bucket is measured at its largest one, and at its smallest too if a
+    kernel wins at the one and might lose at the other.
     A format is packed only if without it some batch size would take longer by more than the
     margin. Weights under 40 % sparsity or with fewer than 64 * 64 elements stay dense unmeasured.
 
@@ -252,7 +254,7 @@ class _Case:
         wanted = {rows: own for rows, own in wanted.items() if len(own) > 1}
         if not wanted:
             return self.constant(f"not measured: no sparse kernel for {self.rows} rows of x")
-        by_rows, source = self._times(wanted)
+        by_rows, sources = self._times(wanted)
         times = {
             batch_bucket(rows): {kernel: own[kernel] for kernel in own if kernel in wanted[rows]}
             for rows, own in by_rows.items()
@@ -264,35 +266,54 @@ class _Case:
         }
         margin = MARGINS[self.device.type]
         if self.rows is None:
-            choices = dependable(choices, self.base, margin)
+            sources |= self._leave_out_losers(choices, margin)
         # any batch size may come: the larger ones are not left to a format made for few rows
         fixed = {self.packed_for_unpack} if self.can_release and self.rows is None else set()
         kept = worthwhile(choices, self.base, margin, frozenset(fixed))
         chosen = {
             bucket: fastest(own, self.base, kept, margin) for bucket, own in choices.items() if own
         }
-        return self.plan(chosen, source, times)
+        return self.plan(chosen, ", ".join(sources), times)
+
+    def _leave_out_losers(
+        self, choices: dict[int, dict[Kernel, float]], margin: float
+    ) -> dict[str, None]:
+        """Take out of a bucket what wins at its largest batch and loses at its smallest."""
+        doubts = uncertain(choices, self.base, margin)
+        if not doubts:
+            return {}
+        wanted = {
+            smallest_batch(bucket): kernels | {self.base} for bucket, kernels in doubts.items()
+        }
+        times, sources = self._times(wanted)
+        for bucket, kernels in doubts.items():
+            own = times.get(smallest_batch(bucket), {})
+            for kernel in kernels:
+                if not own.get(kernel, math.inf) < own.get(self.base, 0.0) * (1.0 + margin):
+                    del choices[bucket][kernel]
+        return sources
 
     def _times(
         self, wanted: Mapping[int, frozenset[Kernel]]
-    ) -> tuple[dict[int, dict[Kernel, float]], str]:
+    ) -> tuple[dict[int, dict[Kernel, float]], dict[str, None]]:
         """Rows of x -> kernel -> milliseconds, and where they come from."""
         key = plan_cache.TimesKey.of(
             self.device, self.out_features, self.in_features, self.sparsity, self.dtype,
             cuda_graphs=self.cuda_graphs, pattern=self.pattern,
         )  # fmt: skip
         with plan_cache.lock:  # also: two measurements at a time would disturb each other
-            times, sources = plan_cache.find(key, wanted)
+            times, found = plan_cache.find(key, wanted)
+            sources = dict.fromkeys(found)  # in order, each once
             missing = {rows: own for rows, own in wanted.items() if rows not in times}
             if missing:
                 if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                    sources.append("not measured: the stream is being captured")
+                    sources["not measured: the stream is being captured"] = None
                 else:
                     fresh = self._measure(missing)
-                    sources.append("measured" if fresh else "not measured: out of memory")
+                    sources["measured" if fresh else "not measured: out of memory"] = None
                     plan_cache.keep(key, fresh)
                     times |= fresh
-        return times, ", ".join(sources)
+        return times, sources
 
     def _measure(self, wanted: Mapping[int, frozenset[Kernel]]) -> dict[int, dict[Kernel, float]]:
         try:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from resu_compile.errors import ArgumentError, ArgumentTypeError
 from resu_compile.kernels.plan import BUCKET_ROWS, Kernel, batch_bucket
 from resu_compile.runtime import kernel_choice, kernel_times, plan_cache
-from resu_compile.runtime.kernel_choice import dependable, fastest, worthwhile
+from resu_compile.runtime.kernel_choice import fastest, smallest_batch, uncertain, worthwhile
 from resu_compile.runtime.plans import Plan, choose_plan
 
 CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
@@ -167,21 +167,51 @@ def test_auto_static_rows(measured):
     assert len(measured.asked) == 1
 
 
-def test_a_kernel_that_loses_at_the_bucket_before_may_lose_inside(measured):
-    measured.time_of = lambda rows, kernel: {DENSE: 0.5 * rows, TILES: 4.0, ROWS: 9.0}[kernel]
+def test_a_kernel_must_win_at_both_ends_of_a_bucket(measured):
+    # tiles take a step at 17 rows, where dense has only begun to grow
+    measured.time_of = lambda rows, kernel: {
+        DENSE: 0.5 * rows, TILES: 6.0 if rows <= 16 else 9.0, ROWS: 99.0
+    }[kernel]  # fmt: skip
+    plan = plan_of()
+    assert by_rows(plan) == {rows: TILES if rows == 64 else DENSE for rows in BUCKET_ROWS}
+    assert measured.asked[1:] == [{9: {DENSE, TILES}, 17: {DENSE, TILES}}]
+    assert plan.times_ms[batch_bucket(16)] == {DENSE: 8.0, TILES: 6.0}
+    assert plan_of().source == "cache"
+    assert len(measured.asked) == 2
     assert plan_of(16).kernels[batch_bucket(16)] is TILES
-    plan = by_rows(plan_of())
-    assert (plan[8], plan[16], plan[32]) == (DENSE, TILES, TILES)  # at 9 to 16 never slower
-    measured.time_of = lambda rows, kernel: {DENSE: 0.48 * rows, TILES: 4.0, ROWS: 9.0}[kernel]
-    plan = by_rows(plan_of(shape=(128, 256)))
-    assert (plan[8], plan[16], plan[32]) == (DENSE, DENSE, TILES)  # 9 rows: dense by 4.32 ms
-    assert plan_of(9, shape=(128, 256)).kernels[batch_bucket(9)] is TILES
 
 
-def test_dependable_reads_the_bucket_before():
-    times = {0: {DENSE: 1.0, ROWS: 1.04}, 1: {DENSE: 2.0, ROWS: 1.0, TILES: 1.0}, 3: {ROWS: 1.0}}
-    assert dependable(times, DENSE, 0.05) == times
-    assert dependable(times, DENSE, 0.03)[1] == {DENSE: 2.0, TILES: 1.0}
+def test_nothing_more_is_measured_where_a_kernel_is_sure_to_win(measured):
+    measured.time_of = lambda rows, kernel: 10.0 if kernel is DENSE else 5.0 + rows / 100
+    plan_of()
+    assert len(measured.asked) == 1
+
+
+def test_what_cannot_be_measured_at_the_smallest_batch_is_dense(measured, monkeypatch):
+    measured.time_of = lambda rows, kernel: rows if kernel is DENSE else 0.9 * rows
+    measure = kernel_times.measure_kernels
+
+    def fail_later(*args, **options):
+        if measured.asked:
+            raise MemoryError
+        return measure(*args, **options)
+
+    monkeypatch.setattr(kernel_times, "measure_kernels", fail_later)
+    plan = plan_of()
+    assert set(plan.kernels[:2]) == {ROWS}  # one row count each
+    assert set(plan.kernels[2:]) == {DENSE}
+    assert plan.source == "measured, not measured: out of memory"
+
+
+def test_uncertain_kernels():
+    times = {
+        1: {DENSE: 4.0},
+        2: {DENSE: 6.0, ROWS: 3.9, TILES: 4.1, CSR: 5.9},
+        3: {DENSE: 9.0, ROWS: 8.9},
+    }
+    assert uncertain(times, DENSE, 0.03) == {2: {TILES}}
+    assert uncertain({0: {DENSE: 2.0, ROWS: 1.0}, 1: {DENSE: 2.0, ROWS: 1.0}}, DENSE, 0.03) == {}
+    assert [smallest_batch(bucket) for bucket in range(4)] == [1, 2, 3, 5]
 
 
 def test_auto_on_the_cpu(measured):
