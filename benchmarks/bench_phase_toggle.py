@@ -4,7 +4,8 @@
     python -m benchmarks.bench_phase_toggle --table          # ours beside plain torch.compile
 
 Chains of tiny linear layers, so that nothing but overhead is timed; one thread, products stay
-dense. "switched" alternates between SPARSE and DENSE and times the call after the switch.
+dense. "switched" alternates between SPARSE and DENSE: the groups time the switch and the call after
+it, the table only the call.
 """
 
 from __future__ import annotations
