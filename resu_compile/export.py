@@ -34,6 +34,7 @@ from resu_compile.passes.base import PassReport
 from resu_compile.passes.fold_commit import PACKED, fold_commit
 from resu_compile.phase import Phase
 from resu_compile.program import SparseModule, load
+from resu_compile.runtime.released import ReleasedParameter, hollow_as_plain
 
 __all__ = ["SparseModule", "export", "export_masked", "load"]
 
@@ -128,11 +129,13 @@ def export_masked(
     for name in masks:
         if name not in parameters:
             raise ArgumentError(f"masks: expected names of parameters of the model, got {name!r}")
-    with _plain_eval(model):
+    values = {name: p.read for name, p in parameters.items() if isinstance(p, ReleasedParameter)}
+    with _plain_eval(model), hollow_as_plain(parameters.values()):
         traced = torch.export.export(
             model, example_inputs, dynamic_shapes=dynamic_shapes, strict=False
         )
-    committed, report = fold_commit(traced.module(), masks, pack=mode == "sparse")
+        plain = traced.module()
+    committed, report = fold_commit(plain, masks, pack=mode == "sparse", values=values)
     # Traced again, so that the signature lists what is stored, and example values stay out of it.
     blank = pytree.tree_map_only(Tensor, torch.zeros_like, example_inputs)
     program = torch.export.export(committed, blank, dynamic_shapes=dynamic_shapes, strict=False)

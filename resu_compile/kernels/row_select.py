@@ -83,10 +83,12 @@ def _row_select_kernel(
         open_ = inside
         wanted = tl.zeros((ROWS,), tl.int32) + count
         sure = inside & False
-    for i in tl.static_range(32):
-        candidate = limit | (1 << (31 - i))
+    bit = tl.full((ROWS,), 0x80000000, tl.uint32)
+    for _ in range(32):  # not unrolled: that takes seconds to compile
+        candidate = limit | bit
         below = tl.sum((open_ & (key < candidate[:, None])).to(tl.int32), 1)
         limit = tl.where(below < wanted, candidate, limit)
+        bit = bit >> 1
     lower = open_ & (key < limit[:, None])
     ties = open_ & (key == limit[:, None])
     missing = wanted - tl.sum(lower.to(tl.int32), 1)

@@ -22,7 +22,7 @@ After, with ``pack=False``, where ``fc.weight`` now holds exact zeros at pruned 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
@@ -37,7 +37,11 @@ PACKED = "resu_compile_packed"  # in GraphModule.meta: weight name -> names of i
 
 
 def fold_commit(
-    gm: fx.GraphModule, masks: Mapping[str, Tensor], *, pack: bool = True
+    gm: fx.GraphModule,
+    masks: Mapping[str, Tensor],
+    *,
+    pack: bool = True,
+    values: Mapping[str, Callable[[], Tensor]] | None = None,
 ) -> tuple[fx.GraphModule, PassReport]:
     """The committed graph of ``gm``; ``gm`` and its tensors stay as they are.
 
@@ -50,6 +54,8 @@ def fold_commit(
             one is enough.
         pack: replace each masked weight by its packed form (kernels/packed_weight.py) wherever
             that is smaller; otherwise keep it dense, with zeros at the pruned places.
+        values: parameter name -> function that gives its dense value, of masked parameters whose
+            own storage holds none; asked for one after the other.
 
     Returns:
         The new module, with the names of the packed tensors in ``meta[PACKED]``, and the report:
@@ -70,6 +76,7 @@ def fold_commit(
     out = fx.GraphModule(gm, graph)
     reads = _parameter_reads(out)
     packed: dict[str, tuple[str, str]] = {}
+    values = {} if values is None else values
     for name, mask in masks.items():
         weight = _parameter(gm, name)
         nodes = [] if weight is None else reads.pop(id(weight), [])
@@ -81,6 +88,8 @@ def fold_commit(
                 f"{name}: expected a mask of shape {tuple(weight.shape)} like the parameter, "
                 f"got {tuple(mask.shape)}"
             )
+        if name in values:
+            weight = nn.Parameter(values[name](), weight.requires_grad)
         mask = mask.to(weight.device)
         nnz, dense_bytes = int(mask.count_nonzero()), weight.numel() * weight.itemsize
         packed_bytes = packed_size_bytes(weight.numel(), nnz, weight.itemsize)
@@ -122,7 +131,12 @@ def _drop_training_ops(graph: fx.Graph) -> None:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif op == "sparse_linear":
-            x, weight, bias = node.args[0], node.args[1], node.args[5]
+            x, weight, bias = node.args[0], node.args[1], node.args[4]
+            if weight is None:
+                raise ArgumentError(
+                    f"fold_commit: expected dense weights, but those of node {node.name!r} are "
+                    "packed; export the model, not its compiled graph"
+                )
             node.target = torch.ops.aten.linear.default
             node.args = (x, weight, bias)
         elif op not in (None, "unpack_weight"):

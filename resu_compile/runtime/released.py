@@ -6,7 +6,8 @@ works on a dense tensor that is unpacked for it and dropped again; what would wr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -30,7 +31,10 @@ _METADATA = frozenset(
     }
 )
 _SETTABLE = frozenset({"grad", "requires_grad"})
-_READ_ONLY_USES = frozenset({"detach", "data", "clone", "numpy", "tolist"})  # no gradient expected
+# uses from which no gradient is expected; conversions go on to write, which says more
+_READ_ONLY_USES = frozenset(
+    {"detach", "data", "clone", "numpy", "tolist", "to", "half", "float", "double", "bfloat16"}
+)
 
 
 class ReleasedParameter(nn.Parameter):
@@ -123,6 +127,17 @@ def is_released(parameter: Any) -> bool:
     return type(parameter) is ReleasedParameter
 
 
+def dense_values(args: Sequence[Any]) -> Sequence[Any]:
+    """``args`` with the dense value of each released parameter in its place.
+
+    For graphs that run eagerly: around those that it captures, Dynamo turns functions of tensor
+    subclasses off.
+    """
+    if not any([is_released(value) for value in args]):
+        return args
+    return [value.read() if is_released(value) else value for value in args]
+
+
 def hollow(parameter: nn.Parameter, name: str, read: Callable[[], Tensor]) -> int:
     """Free the storage of ``parameter``, which stays the same object; returns the bytes.
 
@@ -145,3 +160,19 @@ def refill(parameter: nn.Parameter) -> None:
     parameter.__class__ = nn.Parameter
     del released.read, released.weight_name
     parameter.data = dense
+
+
+@contextmanager
+def hollow_as_plain(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let released ones among ``parameters`` be plain within the block, for a tracer.
+
+    It sees shapes and dtypes; what it would read is NaN.
+    """
+    released = [parameter for parameter in parameters if is_released(parameter)]
+    for parameter in released:
+        parameter.__class__ = nn.Parameter
+    try:
+        yield
+    finally:
+        for parameter in released:
+            parameter.__class__ = ReleasedParameter

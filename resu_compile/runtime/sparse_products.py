@@ -6,7 +6,7 @@ q = x @ Wq^T,  k = x @ Wk^T,  v = x @ Wv^T   ==>   Product((0, 1, 2), plan of (N
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,14 +58,20 @@ class Product:
     def call(self, weights: Mapping[int, MaskedWeight]) -> SparseCall:
         """What the graph calls."""
         packed = self.packed(weights)
-        single = len(self.sites) == 1 and not weights[self.members[0][0]].is_released
+        return replace(self.outline(weights), layout=packed.layout, tensors=len(packed.tensors()))
+
+    def outline(self, weights: Mapping[int, MaskedWeight]) -> SparseCall:
+        """``call`` without packed tensors: of a graph that is only looked at."""
+        members = self.of(weights)
+        weight, transposed = members[0]
+        single = len(self.sites) == 1 and not weight.is_released
         return SparseCall(
             self.sites,
             self.source,
-            packed.layout,
-            len(packed.tensors()),
-            tuple(rows_of(member) for member in self.of(weights)),
-            packed.shape[1],
+            (0,),
+            0,
+            tuple(rows_of(member) for member in members),
+            weight.shape[0 if transposed else 1],
             tuple(self.plan.kernels),
             keeps_dense=single and Kernel.DENSE in self.plan.kernels,
         )
@@ -123,8 +129,11 @@ def release_unused(
 ) -> bool:
     """Free the dense storage that a rewritten graph does not read; whether there was any.
 
+    Each product is packed and its dense weights freed before the next: the device needs room for
+    what is packed and one dense weight, not for both forms of the model.
+
     Args:
-        gm: the graph with its sparse products; changed.
+        gm: the graph with its sparse products, packed or in outline; changed.
         products: those that bring its packed weights.
         weights: position of a placeholder -> the masked weight it is.
     """

@@ -32,7 +32,7 @@ from resu_compile.phase import Phase, Routing
 from resu_compile.runtime.controller import Controller
 from resu_compile.runtime.module_hooks import unchanged_check
 from resu_compile.runtime.packed_cache import content_of
-from resu_compile.runtime.released import RESTORE
+from resu_compile.runtime.released import RESTORE, dense_values
 from resu_compile.runtime.sparse_products import (
     Product,
     choose_products,
@@ -91,6 +91,14 @@ class _Binding:
         self.products: tuple[Product, ...] | None = None
         self.runs: dict[Hashable, _Run] = {}
         self.run: _Run | None = None
+
+    def follow_structure(self) -> None:
+        """Forget what was chosen before counts of entries, or what may be freed, changed."""
+        structure = sum(controller.structure for controller in self.controllers)
+        if self.structure != structure:
+            self.structure = structure
+            self.products = None
+            self.runs.clear()
 
     def is_current(self) -> bool:
         """Whether parameters and masks are where they were found."""
@@ -212,7 +220,8 @@ class GraphVariants:
         run = binding.run
         if run is None or not run.is_current():
             if self._is_releasing(binding) and self._release(binding):
-                return self.gm(*args)  # eager this once: Dynamo captures what it now finds
+                # eager this once: Dynamo captures what it finds at the next call
+                return self.gm(*dense_values(args))
             run = self._prepare(binding)
         if not run.settle(args):
             binding.runs.clear()
@@ -220,7 +229,8 @@ class GraphVariants:
             run.settle(args)
         variant = run.variant
         if variant.holds is not None and not variant.holds(args):
-            return self.gm(*args)  # eager: gradients are masked where they are accumulated
+            # eager: gradients are masked where they are accumulated
+            return self.gm(*dense_values(args))
         if variant.dropped:
             args = tuple([v for i, v in enumerate(args) if i not in variant.dropped])
         out = variant.call(*args, *run.extra)
@@ -269,12 +279,7 @@ class GraphVariants:
 
     def _prepare(self, binding: _Binding) -> _Run:
         """Take up the variant of the present phase, and compile it the first time."""
-        controllers = binding.controllers
-        structure = sum(controller.structure for controller in controllers)
-        if binding.structure != structure:  # counts changed
-            binding.structure = structure
-            binding.products = None
-            binding.runs.clear()
+        binding.follow_structure()
         state = tuple(
             [(controller.phase, controller.routing) for controller in binding.controllers]
         )
@@ -357,7 +362,7 @@ class GraphVariants:
             "freed the dense storage: it runs eagerly and unpacks the weights at each call",
             ", ".join(names),
         )
-        return _Variant(self.gm, [], [])
+        return _Variant(lambda *args: self.gm(*dense_values(args)), [], [])
 
     # -- release -------------------------------------------------------------------------------
     def _is_releasing(self, binding: _Binding) -> bool:
@@ -371,7 +376,10 @@ class GraphVariants:
                 "expected a call without gradients, because release_dense() was asked for, which "
                 f"is for inference; use torch.no_grad() or torch.inference_mode(); {RESTORE}"
             )
-        gm, products, _ = self._with_sparse_products(binding)
+        binding.follow_structure()
+        products = list({p.source: p for p in self._products(binding)}.values())
+        outlines = [product.outline(binding.weights) for product in self._products(binding)]
+        gm, _, _ = insert_sparse_matmuls(self.gm, self.sites, outlines)
         return release_unused(gm, products, binding.weights)
 
     def _compile_graph(self, gm: fx.GraphModule, extra: Sequence[Tensor]) -> Compiled:

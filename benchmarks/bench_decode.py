@@ -1,0 +1,256 @@
+"""Greedy decoding of Llama-shaped models: tokens a second and weight bytes, sparse and dense.
+
+    python -m benchmarks.bench_decode --model llama3-8b --batch 1 4 16 --sparsity 0.5 0.7 0.9
+    python -m benchmarks.bench_decode --tiny                  # a small model, on any machine
+
+transformers' own classes with random weights and a static cache that holds 512 tokens already; one
+token of each sequence at a time. Both sides are compiled with ``mode="reduce-overhead"``; the
+sparse one by ``sparsify(..., release_dense=True)``. A step is the model's call and the argmax, as a
+user's loop has them. Sparse and dense logits are compared before anything is timed.
+
+Two shares of weight bytes: of the masked weights alone, and of all weights, embedding and output
+layer included. ``lm_head`` is dense by default; ``--head`` prunes it too, where it is not tied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import resu_compile as resu
+from benchmarks.llama import MODELS, Decoder, build
+from benchmarks.results import Result
+from resu_compile.config import DEFAULT_EXCLUDE
+from resu_compile.runtime.controller import find_controller
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+ROUNDS = 5  # the median of them counts
+WARM = 8
+TOLERANCE = 0.03  # bf16: 8 bits of mantissa, sums in other orders, up to 32 layers
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compiled model.
+
+    Attributes:
+        model: one of ``MODELS``.
+        batch: sequences.
+        sparsity: of the masked weights; None is the dense model under ``torch.compile``.
+        head: prune the output layer too.
+        layers: number of layers; None takes the published one.
+        prompt: tokens in the cache before the first step.
+        steps: tokens a round.
+        threshold: ``sparse_threshold`` of ``sparsify``.
+    """
+
+    model: str
+    batch: int
+    sparsity: float | None
+    head: bool = False
+    layers: int | None = None
+    prompt: int = 512
+    steps: int = 64
+    threshold: float | str = "auto"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one case gave.
+
+    Attributes:
+        tokens_per_s: over all sequences.
+        step_ms: one token of each sequence, median over rounds.
+        masked_bytes: what the masked weights take now, in all formats.
+        masked_dense_bytes: what they take dense.
+        all_bytes: what all weights take now.
+        all_dense_bytes: what all take dense.
+        error: ``|logits - reference| / |reference|``, the reference being the eager model.
+        ready_s: from the pruned model to the end of the first call.
+    """
+
+    tokens_per_s: float
+    step_ms: float
+    masked_bytes: int
+    masked_dense_bytes: int
+    all_bytes: int
+    all_dense_bytes: int
+    error: float
+    ready_s: float
+
+
+def measure(case: Case) -> Measured:
+    """Build, compile, check and time one case."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    mode = "reduce-overhead" if CUDA else None
+    model = build(case.model, DEVICE, torch.bfloat16 if CUDA else torch.float32, case.layers)
+    all_dense, masked_dense = size_bytes(model), 0
+    if case.sparsity is not None:
+        resu.sparsify(
+            model,
+            case.sparsity,
+            exclude=None if case.head else DEFAULT_EXCLUDE,
+            sparse_threshold=case.threshold,
+            mode=mode,
+            compile=False,
+        )
+        weights = resu.controller(model).weights.values()
+        masked_dense = sum(weight.numel * weight.parameter.itemsize for weight in weights)
+    room = case.prompt + case.steps * (ROUNDS + 1) + WARM
+    ids = torch.randint(model.config.vocab_size, (case.batch, case.prompt), device=DEVICE)
+    expected = Decoder(model, ids, room).logits()  # eager
+    decoder = Decoder(model, ids, room)
+    start = time.perf_counter()
+    if case.sparsity is None:
+        model.compile(mode=mode)
+    else:
+        control = resu.controller(model)
+        control.compile()
+        control.release_dense()
+    got = decoder.logits()
+    _wait()
+    ready = time.perf_counter() - start
+    error = float((got.float() - expected.float()).norm() / expected.float().norm())
+    step_s = _time_steps(decoder, case.steps)
+    all_bytes = size_bytes(model)
+    return Measured(
+        tokens_per_s=case.batch / step_s,
+        step_ms=step_s * 1e3,
+        masked_bytes=all_bytes - (all_dense - masked_dense),
+        masked_dense_bytes=masked_dense,
+        all_bytes=all_bytes,
+        all_dense_bytes=all_dense,
+        error=error,
+        ready_s=ready,
+    )
+
+
+def _time_steps(decoder: Decoder, steps: int) -> float:
+    """Seconds a step."""
+    times = []
+    for count in [WARM] + [steps] * ROUNDS:  # the first steps record CUDA graphs
+        _wait()
+        start = time.perf_counter()
+        for _ in range(count):
+            decoder.step()
+        _wait()
+        times.append((time.perf_counter() - start) / count)
+    return statistics.median(times[1:])
+
+
+def _wait() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def size_bytes(model: nn.Module) -> int:
+    """Bytes of all weights as they are stored now: dense storages, and formats of the kernels."""
+    dense = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()
+    }
+    control = find_controller(model)
+    released = None if control is None else control.released
+    return sum(dense.values()) + (0 if released is None else released.packed_bytes)
+
+
+# -- the table -------------------------------------------------------------------------------
+def table(cases: list[Case]) -> Result:
+    """Measure every case; the dense one of a batch comes first and is what the others are to."""
+    rows, records = [], []
+    dense: dict[tuple[object, ...], Measured] = {}
+    for case in cases:
+        found = measure(case)
+        gc.collect()
+        if CUDA:
+            torch.cuda.empty_cache()
+        key = (case.model, case.batch, case.layers)
+        if case.sparsity is None:
+            dense[key] = found
+        faster = found.tokens_per_s / dense[key].tokens_per_s
+        rows.append(
+            (
+                _label(case),
+                case.batch,
+                "dense" if case.sparsity is None else f"{case.sparsity:.0%}",
+                f"{found.tokens_per_s:.0f}",
+                f"{found.step_ms:.3f}",
+                f"{faster:.2f}x",
+                _share(found.masked_bytes, found.masked_dense_bytes),
+                _share(found.all_bytes, found.all_dense_bytes),
+                f"{found.error:.1e}",
+                f"{found.ready_s:.0f}",
+            )
+        )
+        records.append({**asdict(case), **asdict(found), "speedup": faster})
+        print(*rows[-1], sep="  ", flush=True)
+        if not found.error < TOLERANCE:
+            raise SystemExit(f"{case}: logits are off by {found.error:.3g}, over {TOLERANCE}")
+    headers = ("model", "batch", "sparsity", "tokens/s", "ms a step", "to dense")
+    headers += ("masked weights", "all weights", "error", "ready s")
+    title = f"Greedy decoding at position {cases[0].prompt}, {'bf16' if CUDA else 'fp32'}"
+    return Result(
+        title, f"python -m benchmarks.bench_decode {' '.join(sys.argv[1:])}", headers, rows, records
+    )
+
+
+def _label(case: Case) -> str:
+    layers = "" if case.layers is None else f", {case.layers} layers"
+    return f"{case.model}{layers}{', head pruned' if case.head and case.sparsity else ''}"
+
+
+def _share(now: int, before: int) -> str:
+    return f"{now / before:.2f}x of {before / 2**20:.0f} MiB" if before else ""
+
+
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    """The cases that the command line asks for, the dense one of each batch first."""
+    return [
+        Case(
+            args.model,
+            batch,
+            sparsity,
+            args.head,
+            args.layers,
+            args.prompt,
+            args.steps,
+            args.threshold if args.threshold == "auto" else float(args.threshold),
+        )
+        for batch in args.batch
+        for sparsity in (None, *args.sparsity)
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", choices=MODELS, default="llama3-8b")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.7, 0.9])
+    parser.add_argument("--head", action="store_true", help="prune the output layer too")
+    parser.add_argument("--layers", type=int, help="number of layers, in place of the published")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=64, help="tokens a round")
+    parser.add_argument("--threshold", default="auto", help="sparse_threshold of sparsify")
+    parser.add_argument("--tiny", action="store_true", help="two small layers, one batch")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    args = parser.parse_args(argv)
+    if args.tiny:
+        tiny = {"model": "tiny", "batch": [2], "sparsity": [0.7], "prompt": 16, "steps": 2}
+        vars(args).update(tiny)
+    result = table(cases_of(args))
+    print(result.text())
+    if args.json:
+        result.save(args.json)
+
+
+if __name__ == "__main__":
+    main()

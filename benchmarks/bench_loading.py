@@ -1,0 +1,167 @@
+"""From a dense model on the device to a pruned, packed and ready one: seconds and peak memory.
+
+    python -m benchmarks.bench_loading                        # Llama-2-7B-shaped, bf16, on CUDA
+    python -m benchmarks.bench_loading --tiny                 # a small model, on any machine
+
+    masks        sparsify by magnitude: scores, masks, zeros
+    packing      the first calls but for Inductor: capture, plans, every masked weight into the
+                 formats of its kernels, its dense copy freed. Plans are measured where neither the
+                 shipped table nor the user's cache has them.
+    compilation  Inductor, in the first calls; a later process finds its code in Inductor's cache
+
+One token, batch 1. Peak memory is that of the allocator over all of it, beside the memory of the
+dense model; on the CPU it is not measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import resu_compile as resu
+from benchmarks.llama import MODELS, build
+from benchmarks.results import Result
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+SPARSITY = 0.7
+
+
+def measure(name: str, layers: int | None) -> Result:
+    """Build the dense model, then time what makes it ready."""
+    torch.manual_seed(0)
+    torch.zeros(1, device=DEVICE)  # the device itself is up
+    before = _allocated()
+    start = time.perf_counter()
+    model = build(name, DEVICE, torch.bfloat16 if CUDA else torch.float32, layers)
+    _wait()
+    built_s = time.perf_counter() - start
+    dense = _allocated() - before
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    print(f"built in {built_s:.1f} s, {dense / 2**30:.2f} GiB", flush=True)
+
+    start = time.perf_counter()
+    resu.sparsify(model, SPARSITY, compile=False)
+    _wait()
+    masks_s = time.perf_counter() - start
+    masks_peak = _peak() - before
+    print(f"masks {masks_s:.2f} s, peak {masks_peak / 2**30:.2f} GiB", flush=True)
+
+    token = torch.zeros(1, 1, dtype=torch.long, device=DEVICE)
+    compiling = _Stopwatch()
+    start = time.perf_counter()
+    control = resu.controller(model)
+    control.compile()
+    control.release_dense()
+    with torch.no_grad(), compiling.around_inductor():
+        for _ in range(3):
+            model(input_ids=token, use_cache=False)
+            _wait()
+    calls_s = time.perf_counter() - start
+    packing_s = calls_s - compiling.seconds
+    peak, after = _peak() - before, _allocated() - before
+    start = time.perf_counter()
+    with torch.no_grad():
+        logits = model(input_ids=token, use_cache=False).logits
+    _wait()
+    call_ms = (time.perf_counter() - start) * 1e3
+    if not bool(logits.isfinite().all()):
+        raise SystemExit(f"{name}: expected finite logits")
+    record = {
+        "model": name,
+        "layers": layers,
+        "masks_s": masks_s,
+        "packing_s": packing_s,
+        "compilation_s": compiling.seconds,
+        "ready_s": masks_s + packing_s,
+        "call_ms": call_ms,
+        "dense_bytes": dense,
+        "peak_bytes": peak,
+        "masks_peak_bytes": masks_peak,
+        "after_bytes": after,
+    }
+    rows = [
+        ("masks", f"{masks_s:.2f} s", _share(masks_peak, dense)),
+        ("packing", f"{packing_s:.2f} s", _share(peak, dense)),
+        ("masks and packing", f"{masks_s + packing_s:.2f} s", _share(peak, dense)),
+        ("compilation", f"{compiling.seconds:.2f} s", ""),
+        ("ready", f"{call_ms:.2f} ms a call", f"{_share(after, dense)} (held)"),
+    ]
+    size = "" if layers is None else f", {layers} layers"
+    title = f"Loading {name}{size}, {SPARSITY:.0%} pruned by magnitude, {dense / 2**30:.2f} GiB"
+    command = " ".join(["python -m benchmarks.bench_loading", *sys.argv[1:]])
+    return Result(title, command, ("step", "time", "peak memory to dense"), rows, [record])
+
+
+class _Stopwatch:
+    """Adds up the seconds that Inductor takes."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextlib.contextmanager
+    def around_inductor(self) -> Iterator[None]:
+        """Time every compilation within the block."""
+        from torch._inductor import compile_fx as module
+
+        inner = module.compile_fx
+
+        depth = 0  # it calls itself
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            nonlocal depth
+            start, depth = time.perf_counter(), depth + 1
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                depth -= 1
+                if not depth:
+                    self.seconds += time.perf_counter() - start
+
+        module.compile_fx = timed
+        try:
+            yield
+        finally:
+            module.compile_fx = inner
+
+
+def _allocated() -> int:
+    return torch.cuda.memory_allocated() if CUDA else 0
+
+
+def _peak() -> int:
+    return torch.cuda.max_memory_allocated() if CUDA else 0
+
+
+def _wait() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def _share(now: int, dense: int) -> str:
+    return f"{now / dense:.3f}x" if dense else "not measured"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", choices=MODELS, default="llama2-7b")
+    parser.add_argument("--layers", type=int, help="number of layers, in place of the published")
+    parser.add_argument("--tiny", action="store_true", help="two small layers")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    args = parser.parse_args(argv)
+    result = measure("tiny" if args.tiny else args.model, args.layers)
+    print(result.text())
+    if args.json:
+        result.save(args.json)
+
+
+if __name__ == "__main__":
+    main()
