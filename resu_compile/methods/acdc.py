@@ -70,8 +70,8 @@ class ACDC(TrainingMethod):
         while step + phase <= dense_from:
             found[step] = Phase.SPARSE if sparse else Phase.DENSE
             step, sparse = step + phase, not sparse
-        if dense_from < final:
-            found.setdefault(step, Phase.DENSE)
+        if dense_from < final and not sparse:  # else it is dense already
+            found[step] = Phase.DENSE
         found[final] = Phase.SPARSE
         return found
 

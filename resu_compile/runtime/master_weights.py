@@ -79,8 +79,6 @@ class MasterWeights:
             masks: weight name -> bool mask; None keeps those that are.
         """
         controller = self._controller
-        if masks is not None and controller.agree is not None:
-            masks = controller.agree(controller, masks)
         changed = False
         for name, weight in controller.weights.items():
             if masks is not None:

@@ -392,7 +392,10 @@ class SparseTraining:
         assert self.master is not None
         controller = self.controller
         before = PackedMasks(controller.masks.items())
-        self.master.hide(PackedMasks(masks))
+        chosen: Mapping[str, Tensor] = PackedMasks(masks)
+        if controller.agree is not None:
+            chosen = controller.agree(controller, chosen)
+        self.master.hide(chosen)
         report = CommitReport(
             strategy,
             {
