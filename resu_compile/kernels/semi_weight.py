@@ -112,6 +112,22 @@ def is_semi_structured(mask: Tensor) -> bool:
     return bool((_groups(mask).sum(-1) <= KEPT).all())
 
 
+def is_semi_pattern(keep: int, group: int) -> bool:
+    """True if every mask that keeps ``keep`` of each ``group`` inputs is a 2:4 mask too.
+
+    ``"2:4"``, ``"1:4"``, ``"1:2"`` and ``"2:8"`` are, ``"2:3"`` and ``"4:8"`` are not.
+    """
+    return all(
+        # entries that the groups reaching into four inputs from ``start`` on may keep of them
+        sum(
+            min(keep, min(start + GROUP, (i + 1) * group) - max(start, i * group))
+            for i in range(start // group, cdiv(start + GROUP, group))
+        )
+        <= KEPT
+        for start in range(0, GROUP * group, GROUP)
+    )
+
+
 def pack_semi(weight: Tensor, mask: Tensor | None = None) -> SemiWeight:
     """The 2:4 form of a weight.
 

@@ -111,4 +111,6 @@ def _ranked(score: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     """Rank of each entry of a row, ``places`` first and the best of them 0; scores by rank."""
     inside = only_at(score, places)
     order = torch.argsort(inside, dim=-1, descending=True, stable=True)
-    return torch.argsort(order, dim=-1), score.gather(-1, order)
+    ranked = score.gather(-1, order)
+    small = torch.int16 if score.shape[-1] <= torch.iinfo(torch.int16).max else torch.int64
+    return torch.argsort(order, dim=-1).to(small), ranked  # four ranks of a weight are held at once

@@ -39,10 +39,10 @@ def formats_of(
         return (Kernel.CSR,) if has_csr_kernel(device, dtype) else ()
     if device.type != "cuda" or dtype not in FLOATS:
         return ()
-    if pattern == (2, 4) and dtype in HALVES:
-        from resu_compile.kernels.semi_linear import is_supported
+    if pattern is not None and dtype in HALVES:
+        from resu_compile.kernels.semi_linear import is_semi_pattern, is_supported
 
-        if is_supported(out_features, in_features, dtype):
+        if is_semi_pattern(*pattern) and is_supported(out_features, in_features, dtype):
             return (Kernel.ROWS, Kernel.TILES, Kernel.SEMI)
     return (Kernel.ROWS, Kernel.TILES)
 

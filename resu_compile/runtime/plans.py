@@ -19,6 +19,7 @@ import torch
 from resu_compile.errors import ArgumentError, check_number
 from resu_compile.kernels.packed_linear import default_format
 from resu_compile.kernels.plan import BUCKET_ROWS, Kernel, batch_bucket
+from resu_compile.kernels.semi_weight import is_semi_pattern
 from resu_compile.runtime import kernel_times, plan_cache
 from resu_compile.runtime.kernel_choice import (
     MARGINS,
@@ -130,8 +131,8 @@ def choose_plan(
             the op from Python is part of its time.
         release_dense: whether the dense weight will be freed: ``UNPACK`` stands for ``DENSE``
             wherever packing saves memory.
-        pattern: ``(n, m)`` if at most n of each m entries along K are kept; ``(2, 4)`` allows
-            ``SEMI``.
+        pattern: ``(n, m)`` if at most n of each m entries along K are kept; ``(2, 4)`` and all
+            that imply it, ``(1, 4)`` say, allow ``SEMI``.
 
     Raises:
         ArgumentError: if ``threshold`` is neither ``"auto"`` nor a number in [0, 1].
@@ -139,7 +140,7 @@ def choose_plan(
     least = _least_sparsity(threshold)
     case = _Case(
         device, out_features, in_features, sparsity, dtype, rows, cuda_graphs, release_dense,
-        pattern if pattern == (2, 4) else None,
+        pattern if pattern is not None and is_semi_pattern(*pattern) else None,
     )  # fmt: skip
     formats = case.formats()
     if not formats:

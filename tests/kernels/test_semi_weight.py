@@ -1,11 +1,15 @@
 """The 2:4 form of a weight: exact both ways, and in the order that the tensor cores read."""
 
+import itertools
+import math
+
 import pytest
 import torch
 
 from resu_compile.errors import ArgumentError
 from resu_compile.kernels.semi_weight import (
     SemiWeight,
+    is_semi_pattern,
     is_semi_structured,
     pack_semi,
     unpack_semi,
@@ -105,6 +109,28 @@ def test_places_always_ascend():
     codes = pack_semi(torch.randn(32, 512), two_of_four((32, 512))).places
     nibbles = torch.stack([codes >> s & 15 for s in range(0, 32, 4)])
     assert ((nibbles & 3) < (nibbles >> 2)).all()
+
+
+@pytest.mark.parametrize("group", [2, 3, 4, 5, 6, 8, 12])
+def test_which_patterns_are_two_of_four(group):
+    """Against all masks of one row as long as it takes for groups and fours to meet again."""
+    columns = math.lcm(group, 4)
+    for keep in range(1, group):
+        one = [c for c in itertools.product([0, 1], repeat=group) if sum(c) == keep]
+        # masks of whole groups are independent: the worst four hold the worst parts of each
+        found = all(
+            sum(
+                max(
+                    sum(mask[j % group] for j in range(start, start + 4) if j // group == i)
+                    for mask in one
+                )
+                for i in range(columns // group)
+            )
+            <= 2
+            for start in range(0, columns, 4)
+        )
+        assert is_semi_pattern(keep, group) == found
+    assert is_semi_pattern(1, group)
 
 
 def test_size_and_tensors():

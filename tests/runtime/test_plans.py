@@ -226,9 +226,11 @@ def test_auto_with_2_of_4(measured):
     assert by_rows(plan)[512] is SEMI
     assert SEMI in measured.asked[0][1]
     measured.asked.clear()
-    plan_of(sparsity=0.5, pattern=(1, 4))  # no tensor core knows it
+    plan_of(sparsity=0.25, pattern=(3, 4))  # no tensor core knows it
     plan_of(sparsity=0.5, pattern=(2, 4), dtype=torch.float32)
     assert not any(SEMI in kernels for asked in measured.asked for kernels in asked.values())
+    plan_of(sparsity=0.75, pattern=(1, 4))  # which is a 2:4 mask too
+    assert SEMI in measured.asked[-1][1]
 
 
 def test_fp32_is_not_measured_on_tensor_core_tiles(measured):
