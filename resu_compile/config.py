@@ -164,14 +164,19 @@ class CompileConfig:
             [0, 1] takes it from that sparsity on; 1.0 turns it off.
         mode: ``torch.compile`` mode, passed on to Inductor.
         inductor_options: Inductor settings (``torch._inductor.list_options()``), passed on.
+        release_dense: free the dense storage of weights that only sparse kernels read, at the first
+            compiled call without gradients; the model is for inference then.
     """
 
     sparse_threshold: float | Literal["auto"] = "auto"
     mode: str | None = None
     inductor_options: Mapping[str, Any] = field(default_factory=dict)
+    release_dense: bool = False
 
     def __post_init__(self) -> None:
-        """Check ``sparse_threshold``; Inductor's options are checked against its own list."""
+        """Check what is ours; Inductor's options are checked against its own list."""
+        if not isinstance(self.release_dense, bool):
+            raise ArgumentTypeError(f"release_dense: expected a bool, got {self.release_dense!r}")
         if self.sparse_threshold != "auto":
             check_number(
                 self.sparse_threshold,
@@ -340,16 +345,17 @@ def split_options(options: Mapping[str, Any]) -> tuple[SparsityConfig, CompileCo
     unknown: list[str] = []
     known_to_inductor = inductor_option_names()
     for key, value in options.items():
-        if key in own or key in ("sparse_threshold", "mode"):
+        if key in own or key in ("sparse_threshold", "mode", "release_dense"):
             continue
         if key.replace("-", "_") in known_to_inductor:
             inductor[key.replace("-", "_")] = value
         else:
             unknown.append(key)
-    check_known_keys(unknown, own | {"sparse_threshold"}, what="option")
+    check_known_keys(unknown, own | {"sparse_threshold", "release_dense"}, what="option")
     sparsity = SparsityConfig(**{k: v for k, v in options.items() if k in own})
     threshold = options.get("sparse_threshold", "auto")
-    return sparsity, CompileConfig(threshold, options.get("mode"), inductor)
+    release = options.get("release_dense", False)
+    return sparsity, CompileConfig(threshold, options.get("mode"), inductor, release)
 
 
 def inductor_option_names() -> set[str]:

@@ -45,6 +45,7 @@ def sparsify(
     seed: int = 0,
     example_inputs: Sequence[Any] | None = None,
     sparse_threshold: float | Literal["auto"] = "auto",
+    release_dense: bool = False,
     compile: bool = True,
     **compile_options: Any,
 ) -> ModuleT:
@@ -79,6 +80,8 @@ def sparsify(
             parameters are weights; without them their dimensions and owners do.
         sparse_threshold: ``"auto"`` takes the sparse kernel for inference where it measured faster;
             a number takes it from that sparsity on; 1.0 never.
+        release_dense: free the dense storage of weights that only sparse kernels read, at the first
+            compiled call without gradients, as ``controller(model).release_dense()`` does.
         compile: False leaves the model eager; masks and phases work the same. A model that
             ``torch.compile`` has wrapped keeps its own compiler.
         **compile_options: ``mode``, ``fullgraph``, ``dynamic`` and ``options`` as in
@@ -117,7 +120,9 @@ def sparsify(
     if not isinstance(options, Mapping):
         raise ArgumentTypeError(f"options: expected a mapping of Inductor settings, got {given!r}")
     check_calibration(config, calibration)
-    compiling = CompileConfig(sparse_threshold, compile_options.get("mode"), dict(options))
+    compiling = CompileConfig(
+        sparse_threshold, compile_options.get("mode"), dict(options), release_dense
+    )
     root = getattr(model, "_orig_mod", model)
     check_plain(root)
     if compile:
@@ -156,7 +161,7 @@ def attach_controller(
             total = sum(mask.numel() for mask in masks.values())
             found = min(1.0 - active / total, math.nextafter(1.0, 0.0))
             config = replace(config, from_zeros=False, sparsity=found)
-        return Controller(
+        made = Controller(
             model,
             ((named, masks[named.name]) for named in selection.chosen),  # unpacked one by one
             config,
@@ -164,6 +169,9 @@ def attach_controller(
             compiling,
             generator=generator,
         )
+        if compiling.release_dense:
+            made.release_dense()
+        return made
 
 
 def check_plain(model: nn.Module) -> None:

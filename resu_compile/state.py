@@ -264,7 +264,8 @@ class MaskedWeight:
 
     def dense(self) -> Tensor:
         """The value, unpacked if need be; the parameter's own memory if not."""
-        return self.parameter.detach()
+        parameter = self.parameter
+        return parameter.read() if is_released(parameter) else parameter.detach()
 
     def release_value(self, read: Callable[[], Tensor]) -> int:
         """Free the dense storage; ``read`` gives the value from now on. Returns the bytes."""

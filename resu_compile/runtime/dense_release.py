@@ -148,4 +148,5 @@ class _Reader:
             value = self.packed.unpack()[self.start : self.start + rows]
             if self.transposed:
                 value = value.t()
-            return value.contiguous()
+            # a storage of its own, without the rows of other weights
+            return value.clone(memory_format=torch.contiguous_format)

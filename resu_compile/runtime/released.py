@@ -28,6 +28,7 @@ _METADATA = frozenset(
         *("data_ptr", "untyped_storage", "is_floating_point", "is_complex", "is_inference"),
         *("get_device", "is_shared", "is_pinned", "__len__", "__hash__", "requires_grad_"),
         *("register_hook", "register_post_accumulate_grad_hook"),
+        "_has_compatible_shallow_copy_type",
     }
 )
 _SETTABLE = frozenset({"grad", "requires_grad"})
