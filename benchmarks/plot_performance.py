@@ -26,7 +26,6 @@ Record = Mapping[str, Any]
 
 MARKERS = {"rows": "o", "tiles": "s", "csr": "^"}
 DENSE_MARKER = "x"
-SPARSITY_TICKS = (0.5, 0.7, 0.9, 0.95)
 
 
 def cells_of(result: Result) -> list[Record]:
@@ -93,6 +92,7 @@ def plot_speedup(result: Result) -> Figure:
         ax.set_xlabel("pruned")
     for ax in axes[:, 0]:
         ax.set_ylabel("speed-up over dense")
+    label_markers(axes.flat[0], cells)
     axes.flat[0].legend(fontsize=7, ncols=2, loc="upper left")
     figure.suptitle(caption(result), fontsize=8)
     figure.tight_layout()
@@ -157,13 +157,18 @@ def plot_roofline(result: Result) -> Figure:
     ax.set_xlabel("operations a byte of stored weight")
     ax.set_ylabel("TFLOP/s on kept weights")
     ax.grid(visible=True, which="both", linewidth=0.2)
-    shown = {c["kernel"] for c in cells if c["kernel"] in MARKERS}
-    for kernel in (k for k in MARKERS if k in shown):
-        ax.plot([], [], MARKERS[kernel], color="gray", markersize=4, label=kernel)
+    label_markers(ax, cells)
     ax.legend(fontsize=7, loc="lower right")
     figure.suptitle(caption(result), fontsize=8)
     figure.tight_layout()
     return figure
+
+
+def label_markers(ax: Axes, cells: Sequence[Record]) -> None:
+    """Entries of the legend for the kernels that are drawn."""
+    shown = {cell["kernel"] for cell in cells}
+    for kernel in (k for k in MARKERS if k in shown):
+        ax.plot([], [], MARKERS[kernel], color="gray", markersize=4, label=kernel)
 
 
 def intensity(cell: Record) -> float:
