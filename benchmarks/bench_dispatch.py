@@ -33,7 +33,7 @@ from resu_compile.kernels.packed_linear import PackedLinear, pack_linear
 from resu_compile.kernels.plan import BUCKET_ROWS, Kernel, batch_bucket
 from resu_compile.runtime import kernel_times, plan_cache, stopwatch
 from resu_compile.runtime.kernel_choice import candidates_of, formats_of
-from resu_compile.runtime.plans import Plan, choose_plan
+from resu_compile.runtime.plans import DYNAMIC_ROWS, Plan, choose_plan
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -204,10 +204,26 @@ def summary(points: Sequence[Point]) -> str:
 
 
 def sweep(
-    count: int, seed: int, *, cuda_graphs: bool, dynamic: bool = False, worst: int = 12
+    count: int,
+    seed: int,
+    *,
+    cuda_graphs: bool,
+    dynamic: bool = False,
+    budget_s: float = math.inf,
+    worst: int = 12,
 ) -> Result:
-    """The result of ``count`` random points; the table shows the worst of the sparse ones."""
+    """The result of ``count`` random points; the table shows the worst of the sparse ones.
+
+    Args:
+        count: points to draw.
+        seed: of the points.
+        cuda_graphs: plans and times on the device alone.
+        dynamic: plans for a batch size that changes.
+        budget_s: seconds after which no further point is begun.
+        worst: rows of the table.
+    """
     points = []
+    started = time.perf_counter()
     for i, (n, k, rows, sparsity) in enumerate(random_points(count, seed)):
         points.append(measure_point(n, k, rows, sparsity, cuda_graphs=cuda_graphs, dynamic=dynamic))
         if i % 20 == 19:
@@ -233,12 +249,17 @@ def sweep(
 
 
 # -- the shipped table -----------------------------------------------------------------------
-def table_entries(names: Sequence[str], budget_s: float) -> dict[str, plan_cache.Stored]:
+def table_entries(
+    names: Sequence[str], budget_s: float, *, unpack: bool
+) -> dict[str, plan_cache.Stored]:
     """Times of the named shapes by every kernel, as ``plan_cache`` reads them.
+
+    On CUDA in graphs alone: what a launch costs is a matter of the host, whatever the GPU.
 
     Args:
         names: of ``SHAPES``.
         budget_s: seconds after which no further shape is begun.
+        unpack: time ``UNPACK`` too, which weights ask for whose dense storage is released.
     """
     entries: dict[str, plan_cache.Stored] = {}
     started = time.perf_counter()
@@ -247,25 +268,26 @@ def table_entries(names: Sequence[str], budget_s: float) -> dict[str, plan_cache
         if time.perf_counter() - started > budget_s:
             say(f"{n}x{k} {sparsity:.0%} and what follows: no time left")
             break
+        formats = formats_of(DEVICE, n, k, DTYPE)
         wanted = {
-            rows: candidates_of(formats_of(DEVICE, n, k, DTYPE), rows, DTYPE) | {Kernel.UNPACK}
+            rows: candidates_of(formats, rows, DTYPE) | ({Kernel.UNPACK} if unpack else frozenset())
             for rows in BUCKET_ROWS
-            if rows <= 256
+            if rows <= DYNAMIC_ROWS
         }
-        for cuda_graphs in (True, False) if CUDA else (False,):
-            key = plan_cache.TimesKey.of(DEVICE, n, k, sparsity, DTYPE, cuda_graphs=cuda_graphs)
-            times = kernel_times.measure_kernels(
-                DEVICE, n, k, sparsity, DTYPE, wanted, cuda_graphs=cuda_graphs, pattern=None,
-                unpacked_from=key.unpacked_from,
-            )  # fmt: skip
-            entries[f"{key.device}|{key.text}"] = plan_cache.to_stored(key, times)
+        wanted = {rows: kernels for rows, kernels in wanted.items() if len(kernels) > 1}
+        key = plan_cache.TimesKey.of(DEVICE, n, k, sparsity, DTYPE, cuda_graphs=True)
+        times = kernel_times.measure_kernels(
+            DEVICE, n, k, sparsity, DTYPE, wanted, cuda_graphs=True, pattern=None,
+            unpacked_from=key.unpacked_from,
+        )  # fmt: skip
+        entries[f"{key.device}|{key.text}"] = plan_cache.to_stored(key, times)
         say(f"{n}x{k} {sparsity:.0%}: {time.perf_counter() - started:.1f} s")
     return entries
 
 
-def make_table(path: Path, names: Sequence[str], budget_s: float) -> None:
+def make_table(path: Path, names: Sequence[str], budget_s: float, *, unpack: bool) -> None:
     """Write the table of ``names`` to ``path``, entries of other devices there left alone."""
-    entries = table_entries(names, budget_s)
+    entries = table_entries(names, budget_s, unpack=unpack)
     kept = plan_cache.parse(path.read_text(encoding="utf-8")) if path.exists() else {}
     plan_cache.replace_file(path, plan_cache.to_text(kept | entries))
     say(f"{path}: {len(entries)} entries, {path.stat().st_size / 1024:.0f} KiB")
@@ -292,13 +314,16 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the sweep's result")
     parser.add_argument("--make-table", action="store_true", help="times of the named shapes")
     parser.add_argument("--out", type=Path, help="file of the table; the package's own if missing")
-    parser.add_argument("--budget", type=float, default=math.inf, help="seconds for the table")
+    parser.add_argument("--unpack", action="store_true", help="in the table: unpacking too")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds for each part")
     arguments = parser.parse_args()
     if not (arguments.sweep or arguments.make_table):
         parser.error("expected --sweep POINTS or --make-table")
     if arguments.make_table:
         shipped = plan_cache.DATA_FOLDER / plan_cache.SHIPPED[0 if CUDA else 1]
-        make_table(arguments.out or shipped, TABLE_SHAPES, arguments.budget)
+        make_table(
+            arguments.out or shipped, TABLE_SHAPES, arguments.budget, unpack=arguments.unpack
+        )
     if arguments.sweep:
         with tempfile.TemporaryDirectory() as folder:  # chosen afresh, not by an older cache
             plan_cache.set_cache_path(Path(folder) / "times.json")
@@ -307,6 +332,7 @@ def main() -> None:
                 arguments.seed,
                 cuda_graphs=not arguments.calls,
                 dynamic=arguments.dynamic,
+                budget_s=arguments.budget,
             )
             plan_cache.set_cache_path(None)
         sys.stdout.write(result.text() + "\n")

@@ -71,7 +71,7 @@ def test_a_table_is_read_back(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_dispatch, "TABLE_SPARSITIES", (0.9,))
     monkeypatch.setattr("resu_compile.runtime.kernel_times.CPU_BUDGET_S", 0.0)
     path = tmp_path / plan_cache.SHIPPED[1]
-    bench_dispatch.make_table(path, ("small", "same"), 60.0)
+    bench_dispatch.make_table(path, ("small", "same"), 60.0, unpack=True)
     monkeypatch.setattr(plan_cache, "DATA_FOLDER", tmp_path)
     plan_cache._shipped.cache_clear()
     plan_cache.set_cache_path(tmp_path / "none.json")
@@ -81,7 +81,7 @@ def test_a_table_is_read_back(monkeypatch, tmp_path):
         found, sources = plan_cache.find(key, {1: {Kernel.DENSE, Kernel.CSR, Kernel.UNPACK}})
         assert found[1].keys() == {Kernel.DENSE, Kernel.CSR, Kernel.UNPACK}
         assert sources == ["shipped"]
-        bench_dispatch.make_table(path, (), 60.0)  # entries that are there stay
+        bench_dispatch.make_table(path, (), 60.0, unpack=True)  # entries that are there stay
         assert len(plan_cache.parse(path.read_text())) == 1
     finally:
         plan_cache.set_cache_path(None)
