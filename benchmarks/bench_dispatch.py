@@ -225,6 +225,9 @@ def sweep(
     points = []
     started = time.perf_counter()
     for i, (n, k, rows, sparsity) in enumerate(random_points(count, seed)):
+        if points and time.perf_counter() - started > budget_s:
+            say(f"no time left after {i} points")
+            break
         points.append(measure_point(n, k, rows, sparsity, cuda_graphs=cuda_graphs, dynamic=dynamic))
         if i % 20 == 19:
             say(f"{i + 1} points")
