@@ -47,6 +47,21 @@ class CudaModule:
         limit = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(self._driver.cuFuncSetAttribute(self.function(name), limit, size_bytes))
 
+    def active_clusters(self, name: str, cluster: int, shared_bytes: int) -> int:
+        """How many clusters of ``cluster`` blocks of a kernel the device runs at once."""
+        driver = self._driver
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        value = driver.CUlaunchAttributeValue()
+        value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = cluster, 1, 1
+        attribute.value = value
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = cluster, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
+        config.sharedMemBytes = shared_bytes
+        config.attrs, config.numAttrs = [attribute], 1
+        return int(_checked(driver.cuOccupancyMaxActiveClusters(self.function(name), config)))
+
     def launch(
         self,
         name: str,

@@ -2,13 +2,15 @@
 // into the registers that wgmma takes as its left operand; x lies in shared memory, so that a place
 // of the weight costs the same at every number of rows of x.
 //
-// A block is GROUPS warpgroups, each with 64 rows of W; the blocks of a cluster share these rows
-// and split the segments of K. Each warp copies whole segments of its strip (flags and streams) to
-// its own slots in shared memory with the bulk copy engine; x comes in stages of STAGE columns.
-// Partial sums meet through the shared memory of the cluster, in a fixed order.
+// The SPLITS blocks of a cluster share out the columns: each keeps its columns of x in shared memory
+// and walks over rows of W. A block is GROUPS warpgroups; each takes 64 rows at a time, on its own.
+// A warp copies the segments of its strip (flags and streams) ahead of itself into SLOTS slots with
+// the bulk copy engine, across the ends of strips. The partial sums of 64 rows are sent through the
+// shared memory of the cluster, one block adds up 64 / SPLITS rows in a fixed order, and does so
+// after its next 64 rows are decoded, so that nobody waits.
 //
-// Defined by the caller: TILE_M rows of x (8, 16, 32, 64), GROUPS, UNIT, SEGMENT, STAGE, STAGES,
-// SPLITS blocks of a cluster, BLOCKS_PER_SM, KIND (1 bfloat16, 2 float16).
+// Defined by the caller: TILE_M rows of x (8, 16, 32, 64), GROUPS, UNIT, SEGMENT, SLOTS, SPLITS
+// (1, 2, 4, 8), KIND (1 bfloat16, 2 float16).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -16,9 +18,10 @@ typedef unsigned long long u64;
 
 #define THREADS (GROUPS * 128)
 #define WORDS (SEGMENT / 64 / UNIT)  // flag words of a lane in a segment
-#define STAGE_BYTES (TILE_M * STAGE * 2)
-#define RED_STRIDE 68  // floats: 64 rows, and 4 so that a warp's stores meet 32 banks
-#define CHUNKS (TILE_M * STAGE / 8)  // 16-byte pieces of x in a stage
+#define X_BYTES (TILE_M * SEGMENT * 2)  // x of one segment
+#define SHARE (64 / SPLITS)            // rows that a block adds up
+#define SUM_STRIDE (TILE_M + 4)        // floats of such a row, so that reads meet all banks
+#define SUM_BYTES (64 * SUM_STRIDE * 4)
 
 struct Args {
   const u32 *flags;
@@ -28,7 +31,8 @@ struct Args {
   const u16 *bias;
   u16 *y;
   int rows, out_features, in_features, x_stride;
-  int segments, strips, slots, slot_rows, activation, x_aligned, one;
+  int segments, strips, slot_rows, held_segments, clusters, activation, x_aligned;
+  int scale[8];  // 128 >> i
 };
 
 // -- plumbing -------------------------------------------------------------------------------
@@ -52,6 +56,7 @@ __device__ __forceinline__ void barrier_wait(u32 bar, u32 phase) {
       " @!done bra again;\n}\n" ::"r"(bar),
       "r"(phase)
       : "memory");
+  __syncwarp();  // lanes may leave the loop apart, and wgmma wants them together
 }
 
 __device__ __forceinline__ void bulk_copy(u32 to, const void *from, u32 bytes, u32 bar, u64 policy) {
@@ -62,17 +67,22 @@ __device__ __forceinline__ void bulk_copy(u32 to, const void *from, u32 bytes, u
       : "memory");
 }
 
-template <int PENDING> __device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
-
 template <int PENDING> __device__ __forceinline__ void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
-                   : "memory");
+// Address of the same place in the shared memory of another block of the cluster.
+__device__ __forceinline__ u32 place_in(u32 local, u32 block) {
+  u32 remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(block));
+  return remote;
+}
+
+__device__ __forceinline__ void send(u32 to, float v, float w, u32 bar) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to),
+      "f"(v), "f"(w), "r"(bar)
+      : "memory");
 }
 
 __device__ __forceinline__ float value_of(u16 bits) {
@@ -142,49 +152,60 @@ __device__ __forceinline__ void multiply(float *d, const u32 *a, u64 b) {
 }
 
 // -- decoding -------------------------------------------------------------------------------
-// A kept place loads its value and moves the pointer to the next row; a pruned one does neither.
-template <int I> __device__ __forceinline__ void decode_register(u32 &a, u32 word, u32 &lo, u32 &hi, u32 one) {
+// A kept place loads its value and moves the pointer by a row. The flag alone, still in its place
+// within a byte, times the place's scale is that step: each pointer is a new register, since an
+// address that a load has yet to read may not be overwritten, and the product runs on the other
+// pipe than the logic. The scales are arguments because a known power of two would become a shift.
+template <int I> __device__ __forceinline__ void decode_register(u32 &a, const u32 *bytes, u32 &lo, u32 &hi,
+                                                                 const int *scale) {
+  u32 next;
 #if UNIT == 1
   asm volatile(
-      "{\n .reg .pred p, q;\n .reg .b32 t;\n"
+      "{\n .reg .pred p;\n .reg .b32 t;\n"
       " and.b32 t, %3, %4;\n setp.ne.u32 p, t, 0;\n"
-      " and.b32 t, %3, %5;\n setp.ne.u32 q, t, 0;\n"
       " mov.b32 %0, 0;\n"
-      " @p ld.shared.u16 %0, [%1];\n @p mad.lo.u32 %1, %6, 128, %1;\n"
-      " @q ld.shared.u16 t, [%2];\n @q mad.lo.u32 %2, %6, 128, %2;\n"
-      " @q prmt.b32 %0, %0, t, 0x5410;\n}\n"
-      : "=&r"(a), "+r"(lo), "+r"(hi)
-      : "r"(word), "n"(1u << (2 * I)), "n"(2u << (2 * I)), "r"(one));
+      " @p ld.shared.u16 %0, [%2];\n mad.lo.u32 %1, t, %5, %2;\n}\n"
+      : "=&r"(a), "=&r"(next)
+      : "r"(lo), "r"(bytes[I / 4]), "n"(1u << (2 * I % 8)), "r"(scale[2 * I % 8]));
+  lo = next;
+  asm volatile(
+      "{\n .reg .pred p;\n .reg .b32 t, v;\n"
+      " and.b32 t, %3, %4;\n setp.ne.u32 p, t, 0;\n"
+      " @p ld.shared.u16 v, [%2];\n mad.lo.u32 %1, t, %5, %2;\n"
+      " @p prmt.b32 %0, %0, v, 0x5410;\n}\n"
+      : "+r"(a), "=&r"(next)
+      : "r"(hi), "r"(bytes[I / 4]), "n"(2u << (2 * I % 8)), "r"(scale[2 * I % 8 + 1]));
+  hi = next;
 #else
   asm volatile(
       "{\n .reg .pred p;\n .reg .b32 t;\n"
-      " and.b32 t, %2, %3;\n setp.ne.u32 p, t, 0;\n"
+      " and.b32 t, %3, %4;\n setp.ne.u32 p, t, 0;\n"
       " mov.b32 %0, 0;\n"
-      " @p ld.shared.u32 %0, [%1];\n @p mad.lo.u32 %1, %4, 128, %1;\n}\n"
-      : "=&r"(a), "+r"(lo)
-      : "r"(word), "n"(1u << I), "r"(one));
+      " @p ld.shared.u32 %0, [%2];\n mad.lo.u32 %1, t, %5, %2;\n}\n"
+      : "=&r"(a), "=&r"(next)
+      : "r"(lo), "r"(bytes[I / 8]), "n"(1u << (I % 8)), "r"(scale[I % 8]));
+  lo = next;
 #endif
 }
 
-__device__ __forceinline__ void decode(u32 *a, u32 word, u32 &lo, u32 &hi, u32 one) {
-#define R(i) decode_register<i>(a[i], word, lo, hi, one);
+__device__ __forceinline__ void decode(u32 *a, u32 word, u32 &lo, u32 &hi, const int *scale) {
+  u32 bytes[4] = {word, word >> 8, word >> 16, word >> 24};
+#define R(i) decode_register<i>(a[i], bytes, lo, hi, scale);
   R(0) R(1) R(2) R(3) R(4) R(5) R(6) R(7) R(8) R(9) R(10) R(11) R(12) R(13) R(14) R(15)
 #undef R
 }
 
 // -- x --------------------------------------------------------------------------------------
-// Core matrices of 8 rows by 8 columns (128 bytes), those of a k next to each other. Rows past the
-// end of x are left as they are: they end in columns of D that nobody stores. Columns past K are 0,
-// since the weight is 0 there and 0 * NaN is not.
-__device__ __forceinline__ void load_x(const Args &args, u32 to, int row, int column) {
-#pragma unroll
-  for (int i = 0; i < (CHUNKS + THREADS - 1) / THREADS; i++) {
-    int piece = threadIdx.x + i * THREADS;
-    if (CHUNKS % THREADS && piece >= CHUNKS) break;
-    int m = piece & 7, k8 = (piece >> 3) % (STAGE / 8), band = (piece >> 3) / (STAGE / 8);
-    int source_row = row + band * 8 + m, k = column + 8 * k8;
+// Blocks of 64 columns; a row of a block is 128 bytes, its 16-byte pieces swizzled by the row as
+// wgmma's 128-byte mode wants it, so that neither the copy nor the product meets a bank conflict.
+// Rows past the end of x are left as they are: they end in columns of D that nobody stores. Columns
+// past K are 0, since the weight is 0 there and 0 * NaN is not.
+__device__ __forceinline__ void load_x(const Args &args, u32 to, int row, int column, int segments) {
+  for (int piece = threadIdx.x; piece < segments * (X_BYTES / 16); piece += THREADS) {
+    int k8 = piece & 7, m = (piece >> 3) % TILE_M, k64 = piece / (8 * TILE_M);
+    int source_row = row + m, k = column + 64 * k64 + 8 * k8;
     if (source_row >= args.rows) continue;
-    u32 target = to + ((k8 * (TILE_M / 8) + band) * 8 + m) * 16;
+    u32 target = to + k64 * (TILE_M * 128) + m * 128 + (k8 ^ (m & 7)) * 16;
     const u16 *source = args.x + (long long)source_row * args.x_stride + k;
     int left = args.in_features - k;
     if (args.x_aligned) {
@@ -207,85 +228,127 @@ __device__ __forceinline__ void load_x(const Args &args, u32 to, int row, int co
 }
 
 // -- kernel ---------------------------------------------------------------------------------
-extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1)
-    __launch_bounds__(THREADS, BLOCKS_PER_SM) tile_linear(const __grid_constant__ Args args) {
-  extern __shared__ __align__(128) unsigned char memory[];
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-  const int rank = blockIdx.x % SPLITS, block = blockIdx.x / SPLITS;
+extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THREADS, 1)
+    tile_linear(const __grid_constant__ Args args) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, group = warp >> 2;
+  const int rank = blockIdx.x % SPLITS, cluster = blockIdx.x / SPLITS;
   const int row0 = blockIdx.y * TILE_M;  // of x
-  const int first = (int)((long long)args.segments * rank / SPLITS);
-  const int count = (int)((long long)args.segments * (rank + 1) / SPLITS) - first;
-  const int strip = block * (GROUPS * 4) + warp;
-  const bool alive = strip < args.strips;
+  const int first = args.segments * rank / SPLITS;
+  const int count = args.segments * (rank + 1) / SPLITS - first;
+  const int blocks = (args.strips + 3) / 4;  // of 64 rows
+  const int stride = args.clusters * GROUPS, block0 = cluster * GROUPS + group;
+  const int items = block0 < blocks ? (blocks - 1 - block0) / stride + 1 : 0;
+  const int rounds = (blocks - 1 - cluster * GROUPS) / stride + 1;
+
   const u32 slot_bytes = (WORDS + args.slot_rows) * 128;
   const u32 x_base = shared_address(memory);
-  const u32 own = x_base + STAGES * STAGE_BYTES + warp * args.slots * slot_bytes;
-  const u32 bars =
-      x_base + STAGES * STAGE_BYTES + GROUPS * 4 * args.slots * slot_bytes + warp * args.slots * 8;
+  const u32 sums = x_base + args.held_segments * X_BYTES + group * (2 * SUM_BYTES);
+  const u32 slots = x_base + args.held_segments * X_BYTES + GROUPS * (2 * SUM_BYTES);
+  const u32 own = slots + warp * (SLOTS * slot_bytes);
+  const u32 all_bars = slots + GROUPS * 4 * SLOTS * slot_bytes;
+  const u32 bars = all_bars + warp * (SLOTS * 8);                  // a slot is filled
+  const u32 sum_bars = all_bars + GROUPS * (4 * SLOTS * 8) + group * 16;  // sums came
 
+  // Segments of this warp in order: those of its columns, of one strip after the other.
   u64 policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  const long long segment0 = (long long)strip * args.segments + first;
-  int next_begin = 0, next_end = 0;
-  auto find = [&](int i) {
-    next_begin = args.offset[segment0 + i];
-    next_end = args.offset[segment0 + i + 1];
+  const int strip0 = block0 * 4 + (warp & 3);
+  int copies = 0;  // how many segments there are to copy; strips past the end have none
+  if (strip0 < args.strips) copies = ((args.strips - 1 - strip0) / (stride * 4) + 1) * count;
+  int next_strip = strip0, next_segment = 0, next_begin = 0, next_end = 0;
+  auto find = [&] {
+    long long index = (long long)next_strip * args.segments + first + next_segment;
+    next_begin = args.offset[index];
+    next_end = args.offset[index + 1];
   };
-  auto fetch = [&](int slot, int i) {
+  auto fetch = [&](int slot) {
+    long long index = (long long)next_strip * args.segments + first + next_segment;
     u32 bar = bars + 8 * slot, to = own + slot * slot_bytes;
     u32 bytes = (next_end - next_begin) * 128;
     barrier_expect(bar, bytes + WORDS * 128);
-    bulk_copy(to, args.flags + (segment0 + i) * (WORDS * 32), WORDS * 128, bar, policy);
+    bulk_copy(to, args.flags + index * (WORDS * 32), WORDS * 128, bar, policy);
     if (bytes) bulk_copy(to + WORDS * 128, args.val + (long long)next_begin * 64, bytes, bar, policy);
+    if (++next_segment == count) next_segment = 0, next_strip += stride * 4;
   };
-  if (alive && lane < args.slots) {  // one lane for each slot
-    if (lane < count) find(lane);
-    barrier_init(bars + 8 * lane);
+  if (lane == 0) {
+    for (int i = 0; i < SLOTS; i++) barrier_init(bars + 8 * i);
+    if ((warp & 3) == 0) {
+      barrier_init(sum_bars);
+      barrier_init(sum_bars + 8);
+      barrier_expect(sum_bars, 64 * TILE_M * 4);
+      barrier_expect(sum_bars + 8, 64 * TILE_M * 4);
+    }
     asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
-    if (lane < count) fetch(lane, lane);
-    if (lane == 0 && args.slots < count) find(args.slots);
+    for (int i = 0; i < SLOTS && i < copies; i++) {
+      find();
+      fetch(i);
+    }
+    if (SLOTS < copies) find();
   }
   __syncwarp();
+  // the others may send once all barriers are there; waited for before the first send
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 
-  const int stages = count * (SEGMENT / STAGE);
-  const int column0 = first * SEGMENT;
+  auto hold_x = [&](int segment) {  // x from this segment of the block on
+    int width = min(args.held_segments, count - segment);
+    load_x(args, x_base, row0, (first + segment) * SEGMENT, width);
+    asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;\nfence.proxy.async.shared::cta;" :::
+                     "memory");
+    __syncthreads();
+  };
+  const bool stays = count <= args.held_segments;
+  if (stays) hold_x(0);
+
+  // Sums of 64 / SPLITS rows of an item, from all blocks of the cluster.
+  auto finish = [&](int item) {
+    u32 bar = sum_bars + 8 * (item & 1), from = sums + (item & 1) * SUM_BYTES;
+    barrier_wait(bar, item >> 1 & 1);
+    if ((tid & 127) == 0) barrier_expect(bar, 64 * TILE_M * 4);  // for the item after the next
+    int row_base = (block0 + item * stride) * 64 + rank * SHARE;
+    int columns = min(TILE_M, args.rows - row0);
+    for (int e = tid & 127; e < SHARE * columns; e += 128) {
+      int r = e % SHARE, m = e / SHARE, n = row_base + r;
+      float part[SPLITS], sum = 0.f;
 #pragma unroll
-  for (int t = 0; t < (STAGES > 1 ? STAGES - 1 : 1); t++) {
-    if (t < stages) load_x(args, x_base + t * STAGE_BYTES, row0, column0 + t * STAGE);
-    asm volatile("cp.async.commit_group;" ::: "memory");
-  }
+      for (int other = 0; other < SPLITS; other++)
+        asm volatile("ld.shared.f32 %0, [%1];"
+                     : "=f"(part[other])
+                     : "r"(from + ((other * SHARE + r) * SUM_STRIDE + m) * 4));
+#pragma unroll
+      for (int other = 0; other < SPLITS; other++) sum += part[other];
+      if (n < args.out_features) {
+        if (args.bias) sum += value_of(args.bias[n]);
+        args.y[(long long)(row0 + m) * args.out_features + n] =
+            rounded(activated(sum, args.activation));
+      }
+    }
+  };
 
   float d[TILE_M / 2];
-#pragma unroll
-  for (int i = 0; i < TILE_M / 2; i++) asm volatile("mov.b32 %0, 0;" : "=f"(d[i]));  // a plain 0 makes ptxas wait after each wgmma
   u32 a[2][16];
-  int stage = 0, buffer = 0, slot = 0;
+  int slot = 0, left = copies;
   u32 phase = 0;
-  for (int i = 0; i < count; i++) {
-    if (alive) barrier_wait(bars + 8 * slot, phase);
-    u32 flags = own + slot * slot_bytes + lane * 4;
-    u32 lo = flags + WORDS * 128, hi = lo + 2;
-#pragma unroll 1
-    for (int part = 0; part < SEGMENT / STAGE; part++, stage++) {
-      wait_products<0>();  // nobody reads the buffer any more that is filled next
-      if (STAGES == 1 && stage) {
+  for (int item = 0; item < (stays ? items : rounds); item++) {
+#pragma unroll
+    for (int i = 0; i < TILE_M / 2; i++)
+      asm volatile("mov.b32 %0, 0;" : "=f"(d[i]));  // a plain 0 makes ptxas wait after each wgmma
+    for (int segment = 0, held = 0; segment < count; segment++, held++) {
+      if (!stays && (segment == 0 || held == args.held_segments)) {
+        wait_products<0>();
         __syncthreads();
-        load_x(args, x_base, row0, column0 + stage * STAGE);
-        asm volatile("cp.async.commit_group;" ::: "memory");
+        hold_x(segment);
+        held = 0;
       }
-      wait_copies<(STAGES > 1 ? STAGES - 2 : 0)>();
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-      __syncthreads();
-      if (STAGES > 1) {
-        int ahead = stage + STAGES - 1;
-        int target = buffer == 0 ? STAGES - 1 : buffer - 1;
-        if (ahead < stages) load_x(args, x_base + target * STAGE_BYTES, row0, column0 + ahead * STAGE);
-        asm volatile("cp.async.commit_group;" ::: "memory");
-      }
-      // no swizzle: 128 bytes to the next 8 rows of x, 16 TILE_M to the next 8 columns
-      u64 b = (u64)((x_base + buffer * STAGE_BYTES) >> 4) | (u64)TILE_M << 16 | (u64)8 << 32;
+      if (item >= items) continue;  // here for the copies of x alone
+      const bool alive = strip0 + item * (stride * 4) < args.strips;
+      if (alive) barrier_wait(bars + 8 * slot, phase);
+      u32 flags = own + slot * slot_bytes + lane * 4;
+      u32 lo = flags + WORDS * 128, hi = lo + 2;
+      // 128-byte swizzle, 1024 bytes to the next 8 rows of x
+      u64 b = (u64)((x_base + held * X_BYTES) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 #pragma unroll 1
-      for (int step = 0; step < STAGE / 64; step += 2) {
+      for (int step = 0; step < SEGMENT / 64; step += 2) {
         u32 word[2];
         if (UNIT == 1) {
           asm volatile("ld.shared.u32 %0, [%2];\nld.shared.u32 %1, [%2 + 128];"
@@ -301,52 +364,40 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
           wait_products<1>();
-          decode(a[half], word[half], lo, hi, args.one);
+          decode(a[half], word[half], lo, hi, args.scale);
           asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-          for (int q = 0; q < 4; q++) multiply(d, a[half] + 4 * q, b + (4 * half + q) * (TILE_M * 2));
+          for (int q = 0; q < 4; q++)
+            multiply(d, a[half] + 4 * q, b + half * (TILE_M * 8) + 2 * q);
           asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
         }
-        b += 8 * (TILE_M * 2);
+        b += 2 * (TILE_M * 8);
       }
-      if (++buffer == STAGES) buffer = 0;
+      __syncwarp();
+      if (alive && lane == 0 && left > SLOTS) {
+        fetch(slot);
+        if (left > SLOTS + 1) find();
+      }
+      left--;
+      __syncwarp();
+      if (++slot == SLOTS) slot = 0, phase ^= 1;
     }
-    __syncwarp();
-    if (alive && lane == 0 && i + args.slots < count) {
-      fetch(slot, i + args.slots);
-      if (i + 1 + args.slots < count) find(i + 1 + args.slots);
-    }
-    if (++slot == args.slots) slot = 0, phase ^= 1;
-  }
-  wait_products<0>();
-  __syncthreads();  // the partial sums take the place of x and the slots
-
-  float *partial = (float *)memory + (warp >> 2) * (TILE_M * RED_STRIDE);
-  const int g = (warp & 3) * 16 + (lane >> 2), t2 = 2 * (lane & 3);
+    wait_products<0>();
+    if (item == 0) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    if (item >= items) continue;
+    if (item) finish(item - 1);
+    // Once all have sent item i + 1, all have finished item i: its place may be written again.
+    asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
 #pragma unroll
-  for (int j = 0; j < TILE_M / 8; j++)
+    for (int h = 0; h < 2; h++) {
+      int row = (warp & 3) * 16 + 8 * h + (lane >> 2);
+      u32 to = place_in(sums + (item & 1) * SUM_BYTES, row / SHARE);
+      u32 bar = place_in(sum_bars + 8 * (item & 1), row / SHARE);
+      to += ((rank * SHARE + row % SHARE) * SUM_STRIDE + 2 * (lane & 3)) * 4;
 #pragma unroll
-    for (int e = 0; e < 4; e++)
-      partial[(8 * j + t2 + (e & 1)) * RED_STRIDE + g + 8 * (e >> 1)] = d[4 * j + e];
-  cluster_sync();
-  const int columns = min(TILE_M, args.rows - row0);
-  const int row_base = block * (GROUPS * 64);
-  for (int e = rank * THREADS + tid; e < GROUPS * 64 * columns; e += SPLITS * THREADS) {
-    int r = e % (GROUPS * 64), m = e / (GROUPS * 64), n = row_base + r;
-    u32 local = x_base + (((r >> 6) * TILE_M + m) * RED_STRIDE + (r & 63)) * 4;
-    float part[SPLITS], sum = 0.f;
-#pragma unroll
-    for (int other = 0; other < SPLITS; other++) {
-      u32 remote;
-      asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(other));
-      asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(part[other]) : "r"(remote) : "memory");
-    }
-#pragma unroll
-    for (int other = 0; other < SPLITS; other++) sum += part[other];
-    if (n < args.out_features) {
-      if (args.bias) sum += value_of(args.bias[n]);
-      args.y[(long long)(row0 + m) * args.out_features + n] = rounded(activated(sum, args.activation));
+      for (int j = 0; j < TILE_M / 8; j++) send(to + 32 * j, d[4 * j + 2 * h], d[4 * j + 2 * h + 1], bar);
     }
   }
-  cluster_sync();  // the others may still read from here
+  if (!items && stays) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  if (items) finish(items - 1);
 }

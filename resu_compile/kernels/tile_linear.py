@@ -26,7 +26,7 @@ KINDS = {torch.bfloat16: 1, torch.float16: 2}  # KIND of tile_linear.cu
 HOPPER = (9, 0)  # compute capability: wgmma exists on no other
 SHARED_BYTES = 232448  # shared memory that one block may have on sm_90
 GROUP_ROWS = 64  # rows of the weight that a warpgroup multiplies
-RED_STRIDE = 68  # as in tile_linear.cu
+SCALES = (ctypes.c_int * 8)(*(128 >> i for i in range(8)))  # see tile_linear.cu
 
 
 # -- reference -------------------------------------------------------------------------------
@@ -46,29 +46,36 @@ class TileConfig:
 
     Attributes:
         tile_m: rows of x of a block: 8, 16, 32 or 64.
-        groups: warpgroups of a block, each with 64 rows of the weight.
-        splits: blocks of a cluster, among which the columns are shared out; at most 8.
-        stage: columns of x that are copied at once; divides the segment of the weight.
-        stages: buffers for x.
+        groups: warpgroups of a block, each with 64 rows of the weight at a time.
+        splits: blocks of a cluster, among which the columns are shared out: 1, 2, 4 or 8.
         slots: segments of the weight that a warp holds in shared memory.
-        blocks_per_sm: blocks for which registers are kept.
     """
 
     tile_m: int
     groups: int
     splits: int
-    stage: int
-    stages: int
     slots: int
-    blocks_per_sm: int
+
+    def fixed_bytes(self, packed: TileWeight) -> int:
+        """Shared memory of a block for all but x."""
+        slot_bytes = (packed.segment // STEP // packed.unit + packed.segment_rows) * 128
+        sums = 2 * GROUP_ROWS * (self.tile_m + 4) * 4 + 16
+        return self.groups * (sums + 4 * self.slots * (slot_bytes + 8))
+
+    def x_bytes(self, packed: TileWeight) -> int:
+        """Shared memory of a block for x of one segment."""
+        return self.tile_m * packed.segment * 2
+
+    def held_segments(self, packed: TileWeight) -> int:
+        """Segments whose x a block holds at once: all of its own if they fit, 0 if none fits."""
+        own = cdiv(packed.flags.shape[1], self.splits)
+        room = SHARED_BYTES - self.fixed_bytes(packed)
+        fitting = max(room, 0) // self.x_bytes(packed)
+        return own if fitting >= own else fitting
 
     def shared_bytes(self, packed: TileWeight) -> int:
         """Shared memory of a block."""
-        slot_bytes = (packed.segment // STEP // packed.unit + packed.segment_rows) * 128
-        warps = 4 * self.groups
-        held = self.stages * self.stage * self.tile_m * 2
-        held += warps * self.slots * (slot_bytes + 8)
-        return max(held, self.groups * self.tile_m * RED_STRIDE * 4)
+        return self.fixed_bytes(packed) + self.held_segments(packed) * self.x_bytes(packed)
 
 
 class _Args(ctypes.Structure):
@@ -77,19 +84,24 @@ class _Args(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("flags", "offset", "val", "x", "bias", "y")),
         *((name, ctypes.c_int) for name in ("rows", "out_features", "in_features", "x_stride")),
-        *((name, ctypes.c_int) for name in ("segments", "strips", "slots", "slot_rows")),
-        *((name, ctypes.c_int) for name in ("activation", "x_aligned", "one")),
+        *((name, ctypes.c_int) for name in ("segments", "strips", "slot_rows")),
+        *((name, ctypes.c_int) for name in ("held_segments", "clusters", "activation")),
+        ("x_aligned", ctypes.c_int),
+        ("scale", ctypes.c_int * 8),
     )
 
 
-def tile_config(rows: int, packed: TileWeight) -> TileConfig:
-    """Cut for ``rows`` rows of x."""
+def tile_config(rows: int, packed: TileWeight) -> TileConfig | None:
+    """Cut for ``rows`` rows of x; None if shared memory does not suffice."""
     tile_m = 8 if rows <= 8 else 16 if rows <= 16 else 32 if rows <= 32 else 64
-    segments = packed.flags.shape[1]
-    splits = min(8, segments)
-    slots = 1 if segments <= splits else 2
-    config = TileConfig(tile_m, 1, splits, packed.segment // 2, 2, slots, 4 if tile_m <= 16 else 2)
-    return config
+    splits = 8
+    while splits > packed.flags.shape[1]:
+        splits //= 2
+    for groups, slots in ((4, 2), (3, 2), (4, 1), (3, 1), (2, 1), (1, 1)):
+        config = TileConfig(tile_m, groups, splits, slots)
+        if config.held_segments(packed):
+            return config
+    return None
 
 
 @functools.cache
@@ -100,9 +112,7 @@ def _module(
         ("TILE_M", config.tile_m),
         ("GROUPS", config.groups),
         ("SPLITS", config.splits),
-        ("STAGE", config.stage),
-        ("STAGES", config.stages),
-        ("BLOCKS_PER_SM", config.blocks_per_sm),
+        ("SLOTS", config.slots),
         ("UNIT", unit),
         ("SEGMENT", segment),
         ("KIND", kind),
@@ -112,6 +122,11 @@ def _module(
     if module is not None:
         module.allow_shared("tile_linear", SHARED_BYTES)
     return module
+
+
+@functools.cache
+def _clusters_at_once(module: CudaModule, splits: int, shared_bytes: int) -> int:
+    return module.active_clusters("tile_linear", splits, shared_bytes)
 
 
 def tile_linear_cuda(
@@ -143,6 +158,9 @@ def tile_linear_cuda(
         out = x.new_empty(rows, out_features)
     strips, segments = packed.flags.shape[:2]
     x_stride = x.stride(0) if rows > 1 else in_features
+    shared_bytes = config.shared_bytes(packed)
+    wanted = cdiv(cdiv(out_features, GROUP_ROWS), config.groups)
+    clusters = min(wanted, _clusters_at_once(module, config.splits, shared_bytes))
     args = _Args(
         flags=packed.flags.data_ptr(),
         offset=packed.offset.data_ptr(),
@@ -156,15 +174,14 @@ def tile_linear_cuda(
         x_stride=x_stride,
         segments=segments,
         strips=strips,
-        slots=config.slots,
         slot_rows=packed.segment_rows,
+        held_segments=config.held_segments(packed),
+        clusters=clusters,
         activation=ACTIVATIONS.index(activation),
         x_aligned=int(x.data_ptr() % 16 == 0 and (rows == 1 or x_stride % 8 == 0)),
-        one=1,
+        scale=SCALES,
     )
-    blocks = cdiv(out_features, GROUP_ROWS * config.groups) * config.splits
-    grid = (blocks, cdiv(rows, config.tile_m))
-    shared_bytes = config.shared_bytes(packed)
+    grid = (clusters * config.splits, cdiv(rows, config.tile_m))
     with torch.cuda.device(device):
         module.launch("tile_linear", grid, args, shared_bytes=shared_bytes)
     return out
@@ -198,7 +215,8 @@ def tile_linear(
             own = TileWeight.from_tensors(
                 (packed.flags, packed.offset, packed.val.to(x.dtype)), packed.layout, packed.shape
             )
-        y = tile_linear_cuda(x, own, bias, activation, tile_config(x.shape[0], own))
+        config = tile_config(x.shape[0], own)
+        y = None if config is None else tile_linear_cuda(x, own, bias, activation, config)
         if y is not None:
             return y
     y = F.linear(x, unpack_tiles(packed).to(x.dtype), bias)
