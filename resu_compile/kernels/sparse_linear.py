@@ -282,37 +282,89 @@ def _sparse_linear_fake(
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, packed, layout, bias, shape, _, activation = inputs
-    if activation != "none":
-        raise ArgumentError(
-            f"activation: expected 'none' where a gradient is needed, got {activation!r}, which is "
-            "for inference; call it under torch.no_grad() or apply the activation afterwards"
+class _Gradient(torch.autograd.Function):
+    """The dense product's gradient; takes x, weight and bias before the rest."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        keyset: torch._C.DispatchKeySet,
+        rest: tuple[Any, ...],
+    ) -> Tensor:
+        packed, layout, shape, plan, activation = rest
+        if activation != "none":
+            raise ArgumentError(
+                f"activation: expected 'none' where a gradient is needed, got {activation!r}, "
+                "which is for inference; call it under torch.no_grad() or apply the activation "
+                "afterwards"
+            )
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.layout, ctx.shape = tuple(layout), tuple(shape)
+        ctx.save_for_backward(x, weight, *(packed if weight is None else ()))
+        return _below_autograd(keyset, x, weight, packed, layout, bias, shape, plan, activation)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *packed = ctx.saved_tensors
+        out_features, in_features = ctx.shape
+        rows = math.prod(x.shape[:-1])
+        grad = grad.reshape(rows, out_features)
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            if weight is None:
+                dense = unpack_parts(packed, parts_of(ctx.layout), ctx.shape)
+            else:
+                dense = weight
+            grad_x = (grad @ dense.to(grad.dtype)).view(x.shape)
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad.t() @ x.reshape(rows, in_features)).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.sum(0).to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def _below_autograd(keyset: torch._C.DispatchKeySet, *args: Any) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        y: Tensor = torch.ops.resu_compile.sparse_linear.default.redispatch(
+            keyset & torch._C._after_autograd_keyset, *args
         )
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.layout, ctx.shape, ctx.tensors = tuple(layout), tuple(shape), len(packed)
-    ctx.save_for_backward(x, weight, *(packed if weight is None else ()))
+        return y
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, weight, *packed = ctx.saved_tensors
-    out_features, in_features = ctx.shape
-    rows = math.prod(x.shape[:-1])
-    grad = grad.reshape(rows, out_features)
-    grad_x = grad_weight = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        dense = unpack_parts(packed, parts_of(ctx.layout), ctx.shape) if weight is None else weight
-        grad_x = (grad @ dense.to(grad.dtype)).view(x.shape)
-    if ctx.needs_input_grad[1]:
-        grad_weight = (grad.t() @ x.reshape(rows, in_features)).to(weight.dtype)
-    if ctx.needs_input_grad[4]:
-        grad_bias = grad.sum(0).to(ctx.bias_dtype)
-    return grad_x, grad_weight, [None] * ctx.tensors, None, grad_bias, None, None, None
+def _autograd(
+    keyset: torch._C.DispatchKeySet,
+    x: Tensor,
+    weight: Tensor | None,
+    packed: Sequence[Tensor],
+    layout: Sequence[int],
+    bias: Tensor | None,
+    shape: Sequence[int],
+    plan: Sequence[int],
+    activation: str,
+) -> Tensor:
+    """What ``torch.library.register_autograd`` makes, with a short cut for inference.
+
+    Without a gradient, a tracer or a tensor subclass, the kernel is called from here: dispatching
+    once more converts all arguments again (5.1 of 12.9 us a call, one thread of an AMD EPYC).
+    """
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        rest = (packed, layout, shape, plan, activation)
+        y: Tensor = _Gradient.apply(x, weight, bias, keyset, rest)
+        return y
+    if type(x) in _PLAIN and torch._C._len_torch_dispatch_stack() == 0:
+        return _sparse_linear(x, weight, packed, layout, bias, shape, plan, activation)
+    return _below_autograd(keyset, x, weight, packed, layout, bias, shape, plan, activation)
 
 
-torch.library.register_autograd(
-    "resu_compile::sparse_linear", _backward, setup_context=_setup_context, lib=_library
-)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_library.impl("sparse_linear", _autograd, "Autograd", with_keyset=True)
 
 
 def sparse_linear_autocast(
