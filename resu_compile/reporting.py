@@ -183,7 +183,9 @@ def report(model: nn.Module) -> Report:
         mask = masked.get(weight.name)
         dense = parameter.numel() * parameter.element_size()
         packed = packed_bytes(parameter, mask.nnz) if mask else dense
-        zeros = 0 if parameter.is_meta else parameter.numel() - int(torch.count_nonzero(parameter))
+        zeros = 0
+        if not parameter.is_meta:
+            zeros = parameter.numel() - int(torch.count_nonzero(parameter.detach()))
         rows.append(
             ParameterRow(
                 name=weight.name,
