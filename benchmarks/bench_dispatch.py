@@ -275,7 +275,7 @@ def table_entries(
         wanted = {
             rows: candidates_of(formats, rows, DTYPE) | ({Kernel.UNPACK} if unpack else frozenset())
             for rows in BUCKET_ROWS
-            if rows <= DYNAMIC_ROWS
+            if rows <= DYNAMIC_ROWS or not CUDA
         }
         wanted = {rows: kernels for rows, kernels in wanted.items() if len(kernels) > 1}
         key = plan_cache.TimesKey.of(DEVICE, n, k, sparsity, DTYPE, cuda_graphs=True)

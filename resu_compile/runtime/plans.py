@@ -19,7 +19,6 @@ import torch
 from resu_compile.errors import ArgumentError, check_number
 from resu_compile.kernels.packed_linear import default_format
 from resu_compile.kernels.plan import BUCKET_ROWS, Kernel, batch_bucket
-from resu_compile.kernels.semi_weight import is_semi_pattern
 from resu_compile.runtime import kernel_times, plan_cache
 from resu_compile.runtime.kernel_choice import (
     MARGINS,
@@ -123,7 +122,7 @@ def choose_plan(
         sparsity: share of the weight that is pruned, in [0, 1].
         dtype: dtype of the computation (under autocast: the autocast dtype).
         rows: rows of x, at which all kernels are measured; or None where they change from call to
-            call: then the buckets up to 256 rows are measured, and all of them for 2:4.
+            call: then the buckets up to 256 rows are measured, on the CPU and for 2:4 all of them.
         threshold: ``"auto"``, or a number that forces the sparse kernels from that sparsity on:
             on CUDA ``ROWS`` up to 4 rows from 80 % on, else ``TILES`` up to 64 rows, on the CPU
             ``CSR`` at any; 1.0 turns them off.
@@ -138,11 +137,11 @@ def choose_plan(
         ArgumentError: if ``threshold`` is neither ``"auto"`` nor a number in [0, 1].
     """
     least = _least_sparsity(threshold)
+    formats = formats_of(device, out_features, in_features, dtype, pattern)
     case = _Case(
         device, out_features, in_features, sparsity, dtype, rows, cuda_graphs, release_dense,
-        pattern if pattern is not None and is_semi_pattern(*pattern) else None,
+        pattern if Kernel.SEMI in formats else None,
     )  # fmt: skip
-    formats = case.formats()
     if not formats:
         return case.constant("not measured: no sparse kernel for this device, dtype and size")
     if least is not None:
@@ -215,8 +214,9 @@ class _Case:
         """The rows of x that a choice is made for."""
         if self.rows is not None:
             return (max(self.rows, 1),)
-        most = DYNAMIC_ROWS if self.pattern is None else BUCKET_ROWS[-1]
-        return tuple(rows for rows in BUCKET_ROWS if rows <= most)
+        # where a kernel gains at 256 rows it does at any more: the CPU's, and that of 2:4
+        few = self.device.type == "cuda" and self.pattern is None
+        return tuple(rows for rows in BUCKET_ROWS if rows <= DYNAMIC_ROWS or not few)
 
     def plan(
         self,

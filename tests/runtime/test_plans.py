@@ -217,7 +217,7 @@ def test_uncertain_kernels():
 def test_auto_on_the_cpu(measured):
     plan = plan_of(device=CPU, dtype=torch.float32)
     assert by_rows(plan) == {rows: CSR if rows <= 16 else DENSE for rows in BUCKET_ROWS}
-    assert set(measured.asked[0]) == {1, 2, 4, 8, 16, 32, 64, 128, 256}
+    assert set(measured.asked[0]) == set(BUCKET_ROWS)
     assert plan.needed == {CSR}
 
 
@@ -231,6 +231,13 @@ def test_auto_with_2_of_4(measured):
     assert not any(SEMI in kernels for asked in measured.asked for kernels in asked.values())
     plan_of(sparsity=0.75, pattern=(1, 4))  # which is a 2:4 mask too
     assert SEMI in measured.asked[-1][1]
+
+
+def test_a_shape_without_a_2_of_4_kernel_is_measured_as_any_other(measured, monkeypatch):
+    monkeypatch.setattr("resu_compile.kernels.semi_linear.is_supported", lambda *_: False)
+    plan_of(pattern=(2, 4))
+    assert not any(SEMI in kernels for kernels in measured.asked[0].values())
+    assert plan_of().source == "cache"
 
 
 def test_fp32_is_not_measured_on_tensor_core_tiles(measured):
