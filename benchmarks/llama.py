@@ -100,8 +100,8 @@ class Decoder:
         self.token = out.logits[:, -1:].argmax(-1)  # (batch, 1)
         self.position = torch.full((1, 1), ids.shape[1], device=ids.device)
 
-    def logits(self) -> Tensor:
-        """Logits of the next token, (batch, vocabulary); the present one is in the cache then."""
+    def step(self) -> Tensor:
+        """Decode one token of each sequence; its logits, (batch, vocabulary)."""
         with torch.no_grad():
             out = self.model(
                 input_ids=self.token,
@@ -109,9 +109,7 @@ class Decoder:
                 past_key_values=self.cache,
                 use_cache=True,
             )
-        return out.logits[:, -1]
-
-    def step(self) -> None:
-        """Decode one token of each sequence."""
-        self.token = self.logits().argmax(-1, keepdim=True)
-        self.position = self.position + 1
+            logits = out.logits[:, -1]
+            self.token = logits.argmax(-1, keepdim=True)
+            self.position = self.position + 1
+        return logits
