@@ -25,7 +25,7 @@ Names = str | tuple[str, ...]
 Predicate = Callable[[str, Tensor], bool]
 
 RULES = ("auto", "optimizer", "sgd", "momentum", "adam", "selective", "subset")
-SCORES = ("magnitude", "gradient", "wanda")
+SCORES = ("magnitude", "gradient", "growth", "wanda")
 DEFAULT_SPARSITY = 0.7
 DEFAULT_EXCLUDE: tuple[str, ...] = ("*lm_head*",)
 
@@ -226,8 +226,9 @@ class ResurrectionConfig:
         refresh: ``"subset"``: steps after which it is chosen again; 0 keeps it all phase long.
         budget: share of the kept places that the tournament reserves for the resurrected.
         score: ``"magnitude"`` |W|; ``"gradient"`` |W| |g|, g the gradient of the last step;
-            ``"wanda"`` |W| times the norm of its input, which ``commit(calibration=...)`` measures;
-            or a callable (name, weight) -> score tensor.
+            ``"growth"`` |W| of the active and |g| of the pruned, for a quota, whose groups do not
+            meet; ``"wanda"`` |W| times the norm of its input, which ``commit(calibration=...)``
+            measures; or a callable (name, weight) -> score tensor.
         strategy: ``"amnesty"``, ``"merge"`` or ``"reprune"``; each keeps an N:M pattern.
         kind: of ``"amnesty"``: ``"quota"`` gives the resurrected all places of the budget, whatever
             they score, as published; ``"ceiling"`` at most these, and each only to one whose score
@@ -331,6 +332,12 @@ def check_commit(
     check_number(margin, name="margin", minimum=0.0, expected="a number >= 0")
     if not callable(score):
         check_choice(score, SCORES, name="score")
+    if score == "growth" and (kind != "quota" or strategy != "amnesty"):
+        raise ArgumentError(
+            "score: expected another one than 'growth' unless strategy='amnesty' and kind='quota', "
+            "because it measures active and pruned in different units, got "
+            f"strategy={strategy!r} and kind={kind!r}"
+        )
 
 
 def split_options(options: Mapping[str, Any]) -> tuple[SparsityConfig, CompileConfig]:

@@ -23,7 +23,7 @@ from resu_compile.errors import ArgumentError, ArgumentTypeError, ResuCompileErr
         ("method", "rgl", ArgumentError),
         ("method", 3, ArgumentError),
         ("scope", "row", ArgumentError),
-        ("distribution", "er", ArgumentError),
+        ("distribution", "erdos", ArgumentError),
         ("targets", 3, ArgumentTypeError),
         ("targets", ["fc", 3], ArgumentTypeError),
         ("exclude", 3.5, ArgumentTypeError),

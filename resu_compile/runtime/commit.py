@@ -203,6 +203,28 @@ def _gradient(controller: Controller, _calibration: Any) -> Score:
     return score
 
 
+def _growth(controller: Controller, _calibration: Any) -> Score:
+    """|W| of the active, |g| of the pruned: the two scores of RigL, in a tournament with a quota.
+
+    Source: Evci et al. 2020, https://arxiv.org/abs/1911.11134
+    """
+    if controller.config.pattern is not None:
+        raise ArgumentError(
+            "score: expected another one than 'growth' under a pattern, in whose groups active and "
+            f"pruned meet, got pattern={controller.config.pattern!r}; choose 'magnitude'"
+        )
+    running = controller.resurrection
+    remembered = (running and running.gradients) or LastGradients()
+
+    def score(name: str, value: Tensor) -> Tensor:
+        weight = controller.weights[name]
+        wide = torch.promote_types(value.dtype, torch.float32)
+        grad = remembered.magnitude(name, weight.parameter).to(wide)
+        return torch.where(weight.mask, value.abs().to(wide), grad)
+
+    return score
+
+
 def _wanda(controller: Controller, calibration: Any) -> Score:
     """|W_ij| ||X_j||_2. Here weights compete inside their tensor, not inside an output row.
 
@@ -227,5 +249,6 @@ def _wanda(controller: Controller, calibration: Any) -> Score:
 SCORES: dict[str, Callable[[Controller, Any], Score]] = {
     "magnitude": _magnitude,
     "gradient": _gradient,
+    "growth": _growth,
     "wanda": _wanda,
 }

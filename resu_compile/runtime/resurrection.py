@@ -45,7 +45,8 @@ class Resurrection:
         self.resumed = False
         self.score_lost = False
         self._hidden: dict[str, SetAside] = {}
-        self.gradients = LastGradients() if config.score == "gradient" else None
+        by_gradient = config.score in ("gradient", "growth")
+        self.gradients = LastGradients() if by_gradient else None
 
     @property
     def routing(self) -> Routing:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from resu_compile.errors import ArgumentError, ArgumentTypeError
-from resu_compile.methods import TrainingMethod
+from resu_compile.methods import TrainingMethod, is_calibrated
 from resu_compile.methods.criteria import Criterion, Places, scored
 from resu_compile.methods.registry import name_of
 from resu_compile.phase import Phase, Routing
@@ -328,6 +328,7 @@ class SparseTraining:
         target = config.sparsity if sparsity is None else sparsity
         report = self.controller.prune(
             target,
+            calibration=self.calibration if is_calibrated(method) else None,
             pattern=config.pattern,
             method=method,
             scope=config.scope,
