@@ -40,7 +40,7 @@ _SOURCES = {  # how the names of its files begin
     Kernel.CSR: ("csr_linear",),
     Kernel.ROWS: ("row_linear", "row_weight"),
     Kernel.TILES: ("tile_linear", "tile_weight"),
-    Kernel.SEMI: ("semi_linear", "semi_weight"),
+    Kernel.SEMI: ("semi_",),
 }
 
 Times = dict[int, dict[Kernel, float]]  # rows of x -> kernel -> milliseconds
