@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from resu_compile.errors import ArgumentError, ArgumentTypeError
 from resu_compile.methods.registry import register_method
@@ -36,6 +36,7 @@ class ACDC(TrainingMethod):
         reset_optimizer: forget the optimizer's state at each switch to a dense phase.
     """
 
+    keeps_pattern: ClassVar[bool] = True
     warmup: int | float = 0.10
     phase: int | float = 0.05
     last_dense: int | float = 0.10

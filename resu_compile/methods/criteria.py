@@ -13,6 +13,7 @@ One dict, so that any method takes any of them for either end.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, runtime_checkable
 
@@ -36,6 +37,8 @@ class Places:
         gradient: that of this step; at pruned places only if the method asked for it.
         mean: decaying mean of gradients, shape of ``weight``.
         square: decaying mean of squared gradients.
+        fill: under an N:M pattern, ``fill(kept, score)`` is the mask with the kept places and, in
+            each group, the highest scores of the others.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Places:
     gradient: Tensor | None = None
     mean: Tensor | None = None
     square: Tensor | None = None
+    fill: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 @runtime_checkable

@@ -4,7 +4,8 @@
     grow the n highest grow scores of all that are then not active
 
 A place that was just dropped may grow again at once; it then keeps its value and its optimizer
-state. All other new places start with value and state 0.
+state. All other new places start with value and state 0. Under an N:M pattern each group grows as
+many as it has lost.
 
 Source: google-research/rigl, rigl/sparse_optimizers_base.py
 """
@@ -177,5 +178,9 @@ class DropAndGrow(TrainingMethod):
         """The mask of ``places`` after dropping and growing so many."""
         drop = scored(get_criterion(self.drop), places)
         grow = scored(get_criterion(self.grow), places)
-        n_free = places.mask.numel() - int(places.mask.sum()) + n_drop
+        n_active = int(places.mask.sum())
+        if places.fill is not None:  # as many as were dropped, in the groups that they left
+            kept = topk_mask(only_at(drop, places.mask), n_active - n_drop)
+            return places.fill(kept, grow)
+        n_free = places.mask.numel() - n_active + n_drop
         return drop_and_grow(places.mask, drop, grow, n_drop, min(n_grow, n_free))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from resu_compile.methods.registry import AnyMethod, get_method, register_method
 from resu_compile.methods.training_method import TrainingMethod, check_when, steps_of
@@ -25,6 +25,7 @@ class OneShot(TrainingMethod):
         criterion: what ``sparsify`` takes as method, without data.
     """
 
+    keeps_pattern: ClassVar[bool] = True
     at: int | float = 0.5
     criterion: str | AnyMethod = "magnitude"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from resu_compile.methods.registry import AnyMethod, get_method, register_method
 from resu_compile.methods.training_method import TrainingMethod
@@ -26,6 +26,7 @@ class Resu(TrainingMethod):
         criterion: what ``sparsify`` takes as method; calibrated ones measure ``calibration``.
     """
 
+    keeps_pattern: ClassVar[bool] = True
     criterion: str | AnyMethod = "magnitude"
 
     def __post_init__(self) -> None:

@@ -25,6 +25,7 @@ class RigL(DropAndGrow):
     rigl/sparse_optimizers_base.py
     """
 
+    keeps_pattern: ClassVar[bool] = True
     distribution: ClassVar[Literal["uniform", "er", "erk"]] = "erk"
     grow: str | Criterion = "gradient"
     replaces_step: bool = True

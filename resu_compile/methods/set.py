@@ -23,6 +23,7 @@ class SET(DropAndGrow):
     google-research/rigl, rigl/sparse_optimizers_base.py
     """
 
+    keeps_pattern: ClassVar[bool] = True
     distribution: ClassVar[Literal["uniform", "er", "erk"]] = "er"
     decay: Literal["constant", "cosine", "linear"] = "constant"
     label: ClassVar[str] = "set"

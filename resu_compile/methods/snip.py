@@ -28,6 +28,7 @@ class SNIP(TrainingMethod):
         criterion: a name of ``CRITERIA`` or an object.
     """
 
+    keeps_pattern: ClassVar[bool] = True
     scope: ClassVar[Literal["layer", "global"]] = "global"
     criterion: str | Criterion = "taylor"
 

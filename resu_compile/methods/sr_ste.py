@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -35,6 +35,7 @@ class SRSTE(TrainingMethod):
         decay: of the weights that the forward pass does not see, >= 0; 0 is the plain STE.
     """
 
+    keeps_pattern: ClassVar[bool] = True
     decay: float = 2e-4
 
     def __post_init__(self) -> None:

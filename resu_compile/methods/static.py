@@ -20,6 +20,7 @@ class Static(TrainingMethod):
     Source: Liu et al. 2022, https://arxiv.org/abs/2202.02643; VITA-Group/Random_Pruning
     """
 
+    keeps_pattern: ClassVar[bool] = True
     distribution: ClassVar[Literal["uniform", "er", "erk"]] = "erk"
 
     def begin(self, run: Run) -> None:

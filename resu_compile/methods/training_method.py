@@ -25,10 +25,12 @@ class TrainingMethod:
     Attributes:
         distribution: how the sparsity is spread over the layers, unless the config says otherwise.
         scope: where weights are ranked, unless the config says otherwise.
+        keeps_pattern: whether its masks are N:M where the config has a ``pattern``.
     """
 
     distribution: ClassVar[Literal["uniform", "er", "erk"]] = "uniform"
     scope: ClassVar[Literal["layer", "global"]] = "layer"
+    keeps_pattern: ClassVar[bool] = False
 
     def begin(self, run: Run) -> None:
         """Choose the masks of the first step. The model is dense up to here."""

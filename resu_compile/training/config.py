@@ -278,7 +278,8 @@ class TrainingConfig:
                 f"method ({', '.join(training_method_names())}), got {dict(self.method_options)}"
             )
         if self.scope is None:
-            object.__setattr__(self, "scope", axes["scope"])
+            scope = "layer" if self.pattern is not None else axes["scope"]
+            object.__setattr__(self, "scope", scope)
         if self.distribution is None:
             whole = self.scope == "global" or self.pattern is not None
             object.__setattr__(self, "distribution", "uniform" if whole else axes["distribution"])
@@ -312,6 +313,11 @@ class TrainingConfig:
     def _check_pattern(self) -> None:
         if self.pattern is None:
             return
+        if not self.training_method().keeps_pattern:
+            raise ArgumentError(
+                f"pattern: expected None with method={self.method!r}, whose masks have none, got "
+                f"{self.pattern!r}; 'sr_ste' trains with a pattern, and 'rigl' keeps one"
+            )
         ramps = (("schedule", "constant"),) if self.has_cycles else ()
         for name, plain in (*ramps, ("initial_sparsity", 0.0), ("densify", None)):
             if getattr(self, name) != plain:

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from resu_compile.comparison import RowLayout, parse_pattern, pattern_mask
 from resu_compile.errors import ArgumentError, ArgumentTypeError
 from resu_compile.methods import TrainingMethod, is_calibrated
 from resu_compile.methods.criteria import Criterion, Places, scored
@@ -26,6 +28,7 @@ from resu_compile.methods.registry import name_of
 from resu_compile.phase import Phase, Routing
 from resu_compile.runtime import optimizer_hooks
 from resu_compile.runtime.allocation import new_masks
+from resu_compile.runtime.commit import pattern_layouts
 from resu_compile.runtime.commit_report import CommitReport, compare_masks
 from resu_compile.runtime.controller import Controller, find_controller
 from resu_compile.runtime.mask_history import MaskHistory
@@ -272,6 +275,7 @@ class SparseTraining:
     def places(self) -> Iterator[Places]:
         """What a criterion may look at, of each weight; one after another."""
         means, squares = self.memory.get("mean", {}), self.memory.get("square", {})
+        layouts = pattern_layouts(self.controller)
         for name, weight in self.controller.weights.items():
             parameter = weight.parameter
             value = parameter.detach() if self.master is None else self.master.value(name)
@@ -286,7 +290,14 @@ class SparseTraining:
                 None if gradient is None else gradient.detach(),
                 means.get(name),
                 squares.get(name),
+                partial(self._fill, layouts[name]) if layouts else None,
             )
+
+    def _fill(self, layout: RowLayout, kept: Tensor, score: Tensor) -> Tensor:
+        """The mask with the ``kept`` places and the highest scores of each group that has room."""
+        pattern = self.controller.config.pattern
+        assert pattern is not None
+        return pattern_mask(score, layout, parse_pattern(pattern), kept, keep_lower=True)
 
     def observe_gradients(self) -> None:
         """Add the gradients of this step, and their squares, to their decaying means."""
