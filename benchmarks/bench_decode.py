@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import statistics
+import math
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -36,7 +36,9 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 ROUNDS = 5  # the median of them counts
 WARM = 8
 CHECKED = 5  # steps that are compared: CUDA graphs run from the third on
-TOLERANCE = 0.03  # bf16: 8 bits of mantissa, sums in other orders, up to 32 layers
+# The dense model, compiled against eager: 0.03 and 0.04 with 8 and 16 layers of Llama-3-8B's shape
+# (bf16, one H200), from sums in other orders alone. A wrong weight gives about 1.
+TOLERANCE = 0.15 if CUDA else 1e-5
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Measured:
     Attributes:
         tokens_per_s: over all sequences.
         step_ms: one token of each sequence, median over rounds.
+        host_ms: of it, until the host has launched all; near ``step_ms``, the host is the limit.
         masked_bytes: what the masked weights take now, in all formats.
         masked_dense_bytes: what they take dense.
         all_bytes: what all weights take now.
@@ -81,6 +84,7 @@ class Measured:
 
     tokens_per_s: float
     step_ms: float
+    host_ms: float
     masked_bytes: int
     masked_dense_bytes: int
     all_bytes: int
@@ -122,11 +126,12 @@ def measure(case: Case) -> Measured:
     ready = time.perf_counter() - start
     # the first call packs, the second compiles, the third records: the last is what is timed
     error = float((got - expected).norm() / expected.norm())
-    step_s = _time_steps(decoder, case.steps)
+    step_s, host_s = _time_steps(decoder, case.steps)
     all_bytes = size_bytes(model)
     return Measured(
         tokens_per_s=case.batch / step_s,
         step_ms=step_s * 1e3,
+        host_ms=host_s * 1e3,
         masked_bytes=all_bytes - (all_dense - masked_dense),
         masked_dense_bytes=masked_dense,
         all_bytes=all_bytes,
@@ -148,17 +153,18 @@ def _run(decoder: Decoder, tokens: Tensor | None = None) -> tuple[Tensor, Tensor
     return logits.float(), torch.stack(fed)
 
 
-def _time_steps(decoder: Decoder, steps: int) -> float:
-    """Seconds a step."""
+def _time_steps(decoder: Decoder, steps: int) -> tuple[float, float]:
+    """Seconds a step, and of these how many the host takes to launch it."""
     times = []
     for count in [WARM] + [steps] * ROUNDS:
         _wait()
         start = time.perf_counter()
         for _ in range(count):
             decoder.step()
+        launched = time.perf_counter() - start
         _wait()
-        times.append((time.perf_counter() - start) / count)
-    return statistics.median(times[1:])
+        times.append(((time.perf_counter() - start) / count, launched / count))
+    return sorted(times[1:])[ROUNDS // 2]
 
 
 def _wait() -> None:
@@ -189,7 +195,7 @@ def table(cases: list[Case]) -> Result:
         key = (case.model, case.batch, case.layers)
         if case.sparsity is None:
             dense[key] = found
-        faster = found.tokens_per_s / dense[key].tokens_per_s
+        faster = found.tokens_per_s / dense[key].tokens_per_s if key in dense else math.nan
         rows.append(
             (
                 _label(case),
@@ -197,18 +203,21 @@ def table(cases: list[Case]) -> Result:
                 "dense" if case.sparsity is None else f"{case.sparsity:.0%}",
                 f"{found.tokens_per_s:.0f}",
                 f"{found.step_ms:.3f}",
-                f"{faster:.2f}x",
+                f"{found.host_ms:.3f}",
+                "" if math.isnan(faster) else f"{faster:.2f}x",
                 _share(found.masked_bytes, found.masked_dense_bytes),
                 _share(found.all_bytes, found.all_dense_bytes),
                 f"{found.error:.1e}",
                 f"{found.ready_s:.0f}",
             )
         )
-        records.append({**asdict(case), **asdict(found), "speedup": faster})
+        records.append(
+            {**asdict(case), **asdict(found), "speedup": None if math.isnan(faster) else faster}
+        )
         print(*rows[-1], sep="  ", flush=True)
         if not found.error < TOLERANCE:
             raise SystemExit(f"{case}: logits are off by {found.error:.3g}, over {TOLERANCE}")
-    headers = ("model", "batch", "sparsity", "tokens/s", "ms a step", "to dense")
+    headers = ("model", "batch", "sparsity", "tokens/s", "ms a step", "host ms", "to dense")
     headers += ("masked weights", "all weights", "error", "ready s")
     title = f"Greedy decoding at position {cases[0].prompt}, {'bf16' if CUDA else 'fp32'}"
     return Result(
@@ -239,7 +248,7 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
             args.threshold if args.threshold == "auto" else float(args.threshold),
         )
         for batch in args.batch
-        for sparsity in (None, *args.sparsity)
+        for sparsity in (*(() if args.no_dense else (None,)), *args.sparsity)
     ]
 
 
@@ -250,6 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.5, 0.7, 0.9])
     parser.add_argument("--head", action="store_true", help="prune the output layer too")
     parser.add_argument("--layers", type=int, help="number of layers, in place of the published")
+    parser.add_argument("--no-dense", action="store_true", help="leave the dense model out")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--steps", type=int, default=64, help="tokens a round")
     parser.add_argument("--threshold", default="auto", help="sparse_threshold of sparsify")

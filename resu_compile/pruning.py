@@ -163,7 +163,7 @@ def attach_controller(
             config = replace(config, from_zeros=False, sparsity=found)
         made = Controller(
             model,
-            ((named, masks[named.name]) for named in selection.chosen),  # unpacked one by one
+            ((named, masks.take(named.name)) for named in selection.chosen),  # held once
             config,
             selection.skipped,
             compiling,

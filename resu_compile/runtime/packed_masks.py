@@ -33,6 +33,11 @@ class PackedMasks(Mapping[str, Tensor]):
         """Take up one more mask, or another one for a name that is there."""
         self._bits[name] = (pack_mask(mask), mask.shape)
 
+    def take(self, name: str) -> Tensor:
+        """The mask of ``name``, which is not held any more."""
+        bits, shape = self._bits.pop(name)
+        return unpack_mask(bits, shape)
+
     def only(self, names: Iterable[str]) -> PackedMasks:
         """The masks of ``names``, in their order; nothing is copied."""
         found = PackedMasks()

@@ -24,6 +24,9 @@ def test_reads_what_was_put_in_and_holds_bits():
     assert list(held.only(["b"])) == ["b"]
     with pytest.raises(KeyError):
         held["c"]
+    assert held.take("a").equal(masks["a"])
+    assert list(held) == ["b"]
+    assert held.size_bytes == 1
 
 
 @pytest.mark.parametrize("pattern", [None, "2:4"])
