@@ -168,3 +168,36 @@ def test_a_dense_weight_goes_before_the_next_is_packed(monkeypatch):
         model(torch.randn(3, 64))
         model(torch.randn(3, 64))
     assert dense == [4, 3, 2, 1]
+
+
+# -- on the device ---------------------------------------------------------------------------
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_between_devices_without_dense_copies(saved):
+    _, path, x, want = saved
+    program = load(path, device="cuda", sparse_threshold=0.5, release_dense=True)
+    assert program.report.rewritten.keys() >= {"q.weight", "k.weight", "v.weight"}
+    torch.testing.assert_close(program(x.cuda()).cpu(), want, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(program.cpu()(x), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(program.cuda()(x.cuda()).cpu(), want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_memory_of_the_device_is_free(tmp_path):
+    """Peak and rest of a load: what is packed, and one dense weight while it is packed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(8))).bfloat16()
+    resu.sparsify(model, 0.9, compile=False)
+    x = torch.randn(1, 2048, dtype=torch.bfloat16)
+    resu.export(model, (x,), tmp_path / "m.pt2")
+    dense = sum(p.numel() * p.itemsize for p in model.parameters())
+    torch.zeros(1, device="cuda")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    program = load(tmp_path / "m.pt2", device="cuda", sparse_threshold=0.5, release_dense=True)
+    held = torch.cuda.memory_allocated() - before
+    assert list(program.parameters()) == []
+    assert held == pytest.approx(held_bytes(program), rel=0.05)
+    assert held < 0.3 * dense
+    assert torch.cuda.max_memory_allocated() - before < dense
