@@ -23,7 +23,9 @@ from resu_compile.training import (
     CheckpointConfig,
     Cycle,
     EarlyStop,
+    SparseTraining,
     Trainer,
+    TrainingConfig,
     TrainingResult,
     checkpoint,
 )
@@ -50,6 +52,7 @@ def main(rank: int, port: int, folder: str) -> None:
         "score": calibrated(rank, resurrection=ResurrectionConfig(score="wanda", init="normal")),
         "found": sparsified_before(rank),
         "own loop": own_loop(rank),
+        **{name: by_method(rank, name) for name in ("set", "rigl", "snfs", "sr_ste")},
         "early stop": early_stop(rank),
         "errors": errors(rank, root),
         "example": example(root),
@@ -225,6 +228,29 @@ def own_loop(rank: int) -> dict[str, object]:
         "is plain": cycle.model is model,
         "agrees no more": resu.controller(model).agree is None,
     }
+
+
+def by_method(rank: int, name: str) -> dict[str, object]:
+    """Seeds and batches of each rank's own."""
+    model = make_model()
+    ddp = DistributedDataParallel(model)
+    options = {} if name == "sr_ste" else {"every": 3}
+    run = SparseTraining(
+        ddp,
+        TrainingConfig(
+            method=name, method_options=options, steps=16, sparsity=0.75, seed=rank, compile=False
+        ),
+    ).start()
+    optimizer = adamw(ddp)
+    batches = own_batches(rank)
+    while not run.done:
+        loss_fn(ddp, batches[run.step % len(batches)]).backward()
+        run.after_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        run.after_step()
+    run.finish()
+    return {**weights_and_masks(model), "grown": sum(update.grown for update in run.updates)}
 
 
 def early_stop(rank: int) -> dict[str, object]:

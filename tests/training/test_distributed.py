@@ -48,6 +48,14 @@ def assert_agree(found, *keys):
     assert torch.equal(first["generator"], second["generator"])
 
 
+@pytest.mark.parametrize("method", ["set", "rigl", "snfs", "sr_ste"])
+def test_training_methods_choose_the_same_masks(found, method):
+    assert_agree(found, method)
+    assert found[0][method]["grown"] == found[1][method]["grown"] > 0
+    masks = found[0][method]["masks"].values()
+    assert abs(sum(int(mask.sum()) for mask in masks) - 48) <= 2
+
+
 @pytest.mark.parametrize("given", ["wrapped", "closure"])
 def test_two_ranks_are_one_process_with_all_their_batches(found, given):
     assert_agree(found, given)
