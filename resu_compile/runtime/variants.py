@@ -76,6 +76,13 @@ class _Variant:
     node_type: type | None = None
     slots: list[tuple[int, int]] = field(default_factory=list)
     holds: Callable[[Sequence[Any]], bool] | None = None
+    _pick: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
+
+    def kept(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """The arguments that the graph takes."""
+        if self._pick is None:
+            self._pick = _picker([i for i in range(len(args)) if i not in self.dropped])
+        return self._pick(args)
 
 
 class _Binding:
@@ -135,6 +142,7 @@ class _Run:
         """Take this up with the masks and phases of now."""
         self.epochs = [(controller, controller.epoch) for controller in self.controllers]
         self.checks = [unchanged_check(controller) for controller in self.controllers]
+        self.stamps: list[Any] | None = None
         self.resurrections = [(c, c.resurrection) for c in self.controllers if c.resurrection]
 
     def is_current(self) -> bool:
@@ -147,10 +155,12 @@ class _Run:
         Returns:
             False if a packed weight no longer has the sizes that the variant was compiled for.
         """
-        for index, weight in self.zeroed:
-            weight.enforce_zeros(args[index])
         for weight in self.zeroed_elsewhere:
             weight.refresh(zero=True)
+        if self.products and self._stamps(args) == self.stamps:
+            return True
+        for index, weight in self.zeroed:
+            weight.enforce_zeros(args[index])
         for controller, resurrection in self.resurrections:
             resurrection.recover(controller.weights)
         if self.products:
@@ -163,7 +173,19 @@ class _Run:
                 self.layouts = layouts
                 self.extra = [tensor for each in packed for tensor in each.tensors()]
                 self.content = content
+            if all([weight.trusts_versions for _, weight in self.zeroed]):
+                self.stamps = self._stamps(args)
         return True
+
+    def _stamps(self, args: Sequence[Any]) -> list[Any]:
+        """Unchanged as long as none of the weights is, masks and phases being the same.
+
+        Inference looks at these alone: for 224 weights 30 us, all of the above 248 us (one thread
+        of an AMD EPYC).
+        """
+        return [
+            (args[i]._version, args[i].data_ptr(), weight.step_count) for i, weight in self.zeroed
+        ]
 
 
 class GraphVariants:
@@ -232,7 +254,7 @@ class GraphVariants:
             # eager: gradients are masked where they are accumulated
             return self.gm(*dense_values(args))
         if variant.dropped:
-            args = tuple([v for i, v in enumerate(args) if i not in variant.dropped])
+            args = variant.kept(args)
         out = variant.call(*args, *run.extra)
         if run.checks and self.training:
             node = _backward_node(out, args, variant)
@@ -436,10 +458,15 @@ class GraphVariants:
 
 def _identity_of(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[int, ...]]:
     """A function from arguments to the ids of those at ``positions``."""
-    if len(positions) < 2:  # itemgetter gives no tuple then
-        return lambda args: tuple(id(args[index]) for index in positions)
-    pick = operator.itemgetter(*positions)
+    pick = _picker(positions)
     return lambda args: tuple(map(id, pick(args)))
+
+
+def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """A function from arguments to those at ``positions``."""
+    if len(positions) < 2:  # itemgetter gives no tuple then
+        return lambda args: tuple([args[index] for index in positions])
+    return operator.itemgetter(*positions)
 
 
 def _find_replaced(identity: Iterable[int]) -> None:
