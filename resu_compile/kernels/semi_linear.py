@@ -2,8 +2,8 @@
 
     y = activation(x W^T + bias)          W keeps at most 2 of each 4 consecutive inputs
 
-float16 and bfloat16 run ``semi_linear.cu`` from compute capability 8.0 on; all else is unpacked and
-multiplied as a dense weight.
+float16 and bfloat16 run ``semi_linear.cu`` from compute capability 8.0 on, and from 17 rows on
+``semi_wide.cu`` where it is 9.0; all else is unpacked and multiplied as a dense weight.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,8 @@ class SemiConfig:
     """How the work of one launch is cut.
 
     Attributes:
-        tiles: eights of rows of ``x`` in a block: 1, 2, 4 or 8.
+        wide: whether warp groups share ``x`` (``semi_wide.cu``), else warps (``semi_linear.cu``).
+        tiles: eights of rows of ``x`` in a block: 1, 2, 4 or 8; wide 4 or 8.
         blocks: sixteens of rows of W that a warp takes.
         warps: of a block.
         split: blocks that share the columns; above 1 they are a cluster.
@@ -81,6 +83,7 @@ class SemiConfig:
         least_blocks: blocks that fit on a multiprocessor at once, which bounds their registers.
     """
 
+    wide: bool
     tiles: int
     blocks: int
     warps: int
@@ -89,49 +92,76 @@ class SemiConfig:
     least_blocks: int
 
     @property
+    def name(self) -> str:
+        """The kernel, which is the only one of the file of this name."""
+        return "semi_wide" if self.wide else "semi_linear"
+
+    @property
     def shared_bytes(self) -> int:
-        """Shared memory of a block: three stages of ``x``, and in their place the sums."""
-        rows, columns = 8 * self.tiles, 128 if self.tiles > 4 else 256
-        return max(3 * rows * columns * 2, rows * (16 * self.warps * self.blocks + 4) * 4)
+        """Shared memory of a block: stages of ``x``, and in their place the sums."""
+        rows = 8 * self.tiles
+        columns = 4 * 128 if self.wide else 3 * (128 if self.tiles > 4 else 256)
+        return max(rows * columns * 2, rows * (16 * self.warps * self.blocks + 4) * 4)
 
     def grid(self, m: int, row_blocks: int) -> int:
         """Number of blocks for ``m`` rows of ``x`` and ``16 * row_blocks`` rows of W."""
         return cdiv(m, 8 * self.tiles) * cdiv(row_blocks, self.warps * self.blocks) * self.split
 
 
-# tiles -> (blocks, warps, ahead, least_blocks), fastest of 24 cuts on most of the shapes and rows
-# below; least_blocks bounds the registers of a thread to 96, 128, 128, 255
-_CUTS = {1: (1, 4, 2, 5), 2: (1, 4, 2, 4), 4: (1, 8, 0, 2), 8: (2, 4, 0, 2)}
+class _Cut(NamedTuple):
+    """All of a ``SemiConfig`` but the split, and how many blocks a multiprocessor is to have."""
+
+    wide: bool
+    blocks: int
+    warps: int
+    ahead: int
+    least_blocks: int
+    wanted: float
+
+
+# by eights of rows of x: the best of 24 to 60 cuts over the shapes below
+_NARROW = {
+    1: _Cut(False, 1, 4, 2, 5, 1.6),
+    2: _Cut(False, 1, 4, 2, 4, 1.8),
+    4: _Cut(False, 1, 8, 0, 2, 1.0),
+    8: _Cut(False, 2, 4, 0, 2, 1.0),
+}
+_WIDE = {4: _Cut(True, 1, 4, 2, 4, 1.8), 8: _Cut(True, 1, 8, 2, 2, 0.9)}  # for 17 rows and more
 
 
 def semi_config(
-    m: int, row_blocks: int, chunks: int, processors: int, *, clusters: bool
+    m: int, row_blocks: int, chunks: int, processors: int, capability: tuple[int, int]
 ) -> SemiConfig:
-    """The cut of a launch: about two blocks a multiprocessor, each with four chunks or more.
+    """The cut of a launch: the fewest splits that give every multiprocessor work.
 
     H200, bfloat16, microseconds, dense (cuBLAS) / this kernel, CUDA graphs over weights beyond L2:
 
     | N x K | M = 1 | 8 | 16 | 32 | 64 |
     | --- | --- | --- | --- | --- | --- |
-    | 4096 x 4096 | 12.7 / 8.0 | 13.3 / 8.3 | 13.5 / 8.7 | 13.9 / 10.6 | 12.4 / 14.1 |
-    | 14336 x 4096 | 32.3 / 18.3 | 31.8 / 18.5 | 32.4 / 20.1 | 33.1 / 20.8 | 35.2 / 27.4 |
-    | 4096 x 14336 | 33.5 / 19.1 | 33.7 / 18.8 | 33.9 / 20.6 | 35.0 / 28.4 | 37.5 / 36.1 |
-    | 8192 x 8192 | 36.2 / 20.7 | 35.7 / 20.9 | 35.3 / 22.3 | 36.6 / 30.5 | 37.5 / 41.6 |
+    | 4096 x 4096 | 12.7 / 8.0 | 13.3 / 8.3 | 13.9 / 9.2 | 13.5 / 10.5 | 12.5 / 11.9 |
+    | 14336 x 4096 | 32.3 / 18.3 | 31.8 / 18.5 | 31.5 / 19.7 | 33.1 / 21.7 | 35.1 / 23.3 |
+    | 4096 x 14336 | 33.5 / 19.1 | 33.7 / 18.8 | 33.6 / 20.4 | 34.3 / 25.9 | 37.2 / 29.6 |
+    | 8192 x 8192 | 36.2 / 20.7 | 35.7 / 20.9 | 35.3 / 21.9 | 35.6 / 28.2 | 37.7 / 32.3 |
+
+    At 128 rows it is 0.85 to 1.02 times as fast as dense, beyond that slower.
 
     Args:
         m: rows of ``x``.
         row_blocks: sixteens of rows of W.
         chunks: 256s of columns of W.
         processors: multiprocessors of the device.
-        clusters: whether blocks may share columns (compute capability 9.0 on).
+        capability: of the device. From 9.0 on, blocks may share columns; ``semi_wide.cu`` is for
+            9.0 alone.
     """
     tiles = next((n for n in (1, 2, 4) if m <= 8 * n), 8)
-    blocks, warps, ahead, least_blocks = _CUTS[tiles]
-    config = SemiConfig(tiles, blocks, warps, 1, ahead, least_blocks)
-    for split in SPLITS[1:] if clusters else ():
-        finer = replace(config, split=split)
-        if finer.grid(m, row_blocks) <= 2 * processors and 4 * split <= chunks:
-            config = finer
+    cut = (_WIDE if capability == (9, 0) and tiles in _WIDE else _NARROW)[tiles]
+    config = SemiConfig(cut.wide, tiles, cut.blocks, cut.warps, 1, cut.ahead, cut.least_blocks)
+    if capability < (9, 0):
+        return config
+    for split in SPLITS[1:]:
+        if config.grid(m, row_blocks) >= cut.wanted * processors or 2 * split > chunks:
+            break
+        config = replace(config, split=split)
     return config
 
 
@@ -156,9 +186,9 @@ class _Args(ctypes.Structure):
 
 
 @functools.cache
-def _device_facts(device: int) -> tuple[int, bool]:
+def _device_facts(device: int) -> tuple[int, tuple[int, int]]:
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.major >= 9
+    return properties.multi_processor_count, (properties.major, properties.minor)
 
 
 @functools.cache
@@ -172,9 +202,10 @@ def _module(config: SemiConfig, dtype: torch.dtype, device: int) -> CudaModule |
         ("AHEAD", config.ahead),
         ("LEAST_BLOCKS", config.least_blocks),
     )
-    module = load_module(("semi_linear.cu",), defines, 32 * config.warps, device)
+    files = ("semi_common.cu", f"{config.name}.cu")
+    module = load_module(files, defines, 32 * config.warps, device, specific=config.wide)
     if module is not None:
-        module.allow_shared("semi_linear", config.shared_bytes)
+        module.allow_shared(config.name, config.shared_bytes)
     return module
 
 
@@ -212,9 +243,9 @@ def semi_linear_cuda(
         bias = bias.contiguous() if bias.dtype == x.dtype else bias.float().contiguous()
     half = bias is not None and bias.dtype == x.dtype
     with torch.cuda.device(x.device):
-        processors, clusters = _device_facts(x.device.index)
+        processors, capability = _device_facts(x.device.index)
         row_blocks, chunks = cdiv(n, ROWS), cdiv(k, COLUMNS)
-        config = config or semi_config(m, row_blocks, chunks, processors, clusters=clusters)
+        config = config or semi_config(m, row_blocks, chunks, processors, capability)
         module = _module(config, x.dtype, x.device.index)
         if module is None:
             raise KernelUnavailableError("semi_linear: the kernel could not be compiled")
@@ -234,11 +265,11 @@ def semi_linear_cuda(
             ACTIVATIONS.index(activation),
         )
         module.launch(
-            "semi_linear",
+            config.name,
             config.grid(m, row_blocks),
             args,
             shared_bytes=config.shared_bytes,
-            overlap=clusters,
+            overlap=capability >= (9, 0),
         )
     return y
 
@@ -279,10 +310,7 @@ def is_available(device: torch.device) -> bool:
         return False
     index = torch.cuda.current_device() if device.index is None else device.index
     with torch.cuda.device(index):
-        return (
-            _module(SemiConfig(1, *_CUTS[1][:2], 1, *_CUTS[1][2:]), torch.bfloat16, index)
-            is not None
-        )
+        return _module(semi_config(1, 1, 1, 1, (8, 0)), torch.bfloat16, index) is not None
 
 
 def _check(x: Tensor, packed: SemiWeight, bias: Tensor | None, activation: str) -> None:
