@@ -50,6 +50,10 @@ class Product:
         """Its weights as one, packed as they are now."""
         return packed_of(self.of(weights), self.formats)
 
+    def numel(self, weights: Mapping[int, MaskedWeight]) -> int:
+        """Entries of its weights together, active and pruned."""
+        return sum(weight.numel for weight, _ in self.of(weights))
+
     @property
     def source(self) -> Hashable:
         """Names what is packed."""
@@ -144,7 +148,8 @@ def release_unused(
     }
     unused = drop_unused(gm, reports)
     freed = False
-    for product in products:
+    # small ones first: packing takes several times the memory of a weight
+    for product in sorted(products, key=lambda product: product.numel(weights)):
         packed, start = product.packed(weights), 0
         for (index, transposed), member in zip(product.members, product.of(weights), strict=True):
             report = reports.get(index)
