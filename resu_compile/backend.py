@@ -25,7 +25,8 @@ from resu_compile.errors import ArgumentError, check_choice, check_known_keys
 from resu_compile.kernels.effective_weight import register_lowerings
 from resu_compile.passes.effective_weight import use_weights_themselves
 from resu_compile.passes.find_weights import find_weights
-from resu_compile.runtime.variants import Compiled, GraphVariants, know
+from resu_compile.runtime.graph_runs import Compiled
+from resu_compile.runtime.variants import GraphVariants, know
 from resu_compile.state import masked_weight_of
 
 if TYPE_CHECKING:

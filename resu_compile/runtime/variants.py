@@ -4,18 +4,16 @@ A training graph has a variant for each routing of gradients; DENSE and an unfro
 one, because in both every place is trained. An inference graph has a dense variant and, in the
 SPARSE phase, one for each choice of sparse kernels, made anew only when counts change.
 
-What a call has to know is kept by the parameters that it brings (``_Binding``) and, until masks or
-phase change, by the controllers' epochs (``_Run``), so that a call looks up and compares only.
+What a call has to know is kept by the parameters that it brings and, until masks or phase change,
+by the controllers' epochs (runtime/graph_runs.py), so that a call looks up and compares only.
 """
 
 from __future__ import annotations
 
 import logging
-import operator
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,8 +28,7 @@ from resu_compile.passes.fx_utils import call_name, copy_graph_module
 from resu_compile.passes.sparse_matmul import drop_unused, insert_sparse_matmuls
 from resu_compile.phase import Phase, Routing
 from resu_compile.runtime.controller import Controller
-from resu_compile.runtime.module_hooks import unchanged_check
-from resu_compile.runtime.packed_cache import content_of
+from resu_compile.runtime.graph_runs import Binding, Compiled, Run, Variant, backward_node, picker
 from resu_compile.runtime.released import RESTORE, dense_values
 from resu_compile.runtime.sparse_products import (
     Product,
@@ -39,11 +36,10 @@ from resu_compile.runtime.sparse_products import (
     release_unused,
     signature_of,
 )
-from resu_compile.state import MaskedWeight, masked_weight_of, registry_epoch
+from resu_compile.state import masked_weight_of
 
 logger = logging.getLogger(__name__)
 
-Compiled = Callable[..., Any]
 InnerCompile = Callable[[fx.GraphModule, Sequence[Any]], Compiled]
 Adopt = Callable[[fx.GraphModule, Sequence[Any]], None]
 
@@ -53,139 +49,6 @@ _known_controllers: weakref.WeakSet[Controller] = weakref.WeakSet()
 def know(controller: Controller) -> None:
     """Let graphs look among the weights of ``controller`` for parameters that are new to them."""
     _known_controllers.add(controller)
-
-
-@dataclass
-class _Variant:
-    """A compiled graph and the further inputs it takes.
-
-    Attributes:
-        call: the compiled graph.
-        masks: positions of the weights whose packed masks it takes.
-        products: what the sparse op computes; those of other weights bring their packed tensors.
-        dropped: positions of the arguments that it does not take: weights without dense storage.
-        node_type: class of AOTAutograd's backward node, known after the first call.
-        slots: (slot of that node's gradients, position of the weight) of each of ``masks``.
-        holds: whether it is right for the sizes among the arguments; None if for all.
-    """
-
-    call: Compiled
-    masks: list[int]
-    products: list[Product]
-    dropped: frozenset[int] = frozenset()
-    node_type: type | None = None
-    slots: list[tuple[int, int]] = field(default_factory=list)
-    holds: Callable[[Sequence[Any]], bool] | None = None
-    _pick: Callable[[Sequence[Any]], tuple[Any, ...]] | None = None
-
-    def kept(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        """The arguments that the graph takes."""
-        if self._pick is None:
-            self._pick = _picker([i for i in range(len(args)) if i not in self.dropped])
-        return self._pick(args)
-
-
-class _Binding:
-    """One set of parameters that the graph is called with, and the masked weights among them."""
-
-    def __init__(self, weights: dict[int, MaskedWeight], refs: list[weakref.ref[Any]]) -> None:
-        self.weights = weights
-        self.refs = refs
-        self.registry_epoch = registry_epoch()
-        self.controllers = list({id(w.controller): w.controller for w in weights.values()}.values())
-        self.bits = [(weight, weight.bits) for weight in weights.values()]
-        self.structure = -1
-        self.products: tuple[Product, ...] | None = None
-        self.runs: dict[Hashable, _Run] = {}
-        self.run: _Run | None = None
-
-    def follow_structure(self) -> None:
-        """Forget what was chosen before counts of entries, or what may be freed, changed."""
-        structure = sum(controller.structure for controller in self.controllers)
-        if self.structure != structure:
-            self.structure = structure
-            self.products = None
-            self.runs.clear()
-
-    def is_current(self) -> bool:
-        """Whether parameters and masks are where they were found."""
-        return self.registry_epoch == registry_epoch() and all(
-            [weight.bits is bits for weight, bits in self.bits]
-        )
-
-
-class _Run:
-    """A variant with the further inputs that one set of parameters brings."""
-
-    def __init__(self, binding: _Binding, variant: _Variant) -> None:
-        self.variant = variant
-        own = {id(weight) for weight in binding.weights.values()}
-        sparse = [c for c in binding.controllers if c.phase is Phase.SPARSE]
-        self.zeroed = [
-            (i, w)
-            for i, w in binding.weights.items()
-            if w.controller in sparse and i not in variant.dropped
-        ]
-        self.zeroed_elsewhere = [
-            w for controller in sparse for w in controller.weights.values() if id(w) not in own
-        ]
-        self.controllers = binding.controllers
-        self.binding = binding
-        self.products = [(product, product.of(binding.weights)) for product in variant.products]
-        self.content: list[Any] = []
-        self.layouts: list[Any] = []
-        self.extra: list[Tensor] = [binding.weights[i].bits for i in variant.masks]
-        self.announce = _announcer(variant, binding.weights)
-        self.begin()
-
-    def begin(self) -> None:
-        """Take this up with the masks and phases of now."""
-        self.epochs = [(controller, controller.epoch) for controller in self.controllers]
-        self.checks = [unchanged_check(controller) for controller in self.controllers]
-        self.stamps: list[Any] | None = None
-        self.resurrections = [(c, c.resurrection) for c in self.controllers if c.resurrection]
-
-    def is_current(self) -> bool:
-        """Whether masks and phases are those of the beginning."""
-        return all([controller.epoch == epoch for controller, epoch in self.epochs])
-
-    def settle(self, args: Sequence[Any]) -> bool:
-        """Do what ``Controller.refresh`` does, and bring packed weights up to date.
-
-        Returns:
-            False if a packed weight no longer has the sizes that the variant was compiled for.
-        """
-        for weight in self.zeroed_elsewhere:
-            weight.refresh(zero=True)
-        if self.products and self._stamps(args) == self.stamps:
-            return True
-        for index, weight in self.zeroed:
-            weight.enforce_zeros(args[index])
-        for controller, resurrection in self.resurrections:
-            resurrection.recover(controller.weights)
-        if self.products:
-            content = [content_of(members) for _, members in self.products]
-            if content != self.content:
-                packed = [product.packed(self.binding.weights) for product, _ in self.products]
-                layouts = [signature_of(each) for each in packed]
-                if self.layouts and layouts != self.layouts:
-                    return False
-                self.layouts = layouts
-                self.extra = [tensor for each in packed for tensor in each.tensors()]
-                self.content = content
-            if all([weight.trusts_versions for _, weight in self.zeroed]):
-                self.stamps = self._stamps(args)
-        return True
-
-    def _stamps(self, args: Sequence[Any]) -> list[Any]:
-        """Unchanged as long as none of the weights is, masks and phases being the same.
-
-        Inference looks at these alone: for 224 weights 30 us, all of the above 248 us (one thread
-        of an AMD EPYC).
-        """
-        return [
-            (args[i]._version, args[i].data_ptr(), weight.step_count) for i, weight in self.zeroed
-        ]
 
 
 class GraphVariants:
@@ -225,8 +88,8 @@ class GraphVariants:
         self._shape_guards: int | None = None  # Dynamo's own; known once it has frozen them
         self._parameters = [i for i, v in enumerate(example_inputs) if isinstance(v, nn.Parameter)]
         self._identity = _identity_of(self._parameters)
-        self._bindings: dict[tuple[int, ...], _Binding] = {}
-        self._variants: dict[Hashable, _Variant] = {}
+        self._bindings: dict[tuple[int, ...], Binding] = {}
+        self._variants: dict[Hashable, Variant] = {}
         self._sites: list[WeightSite] | None = None
         binding = self._bind(example_inputs)
         self._warn_of_other_uses(binding)
@@ -257,14 +120,14 @@ class GraphVariants:
             args = variant.kept(args)
         out = variant.call(*args, *run.extra)
         if run.checks and self.training:
-            node = _backward_node(out, args, variant)
+            node = backward_node(out, args, variant)
             if node is not None:
                 for check in run.checks:
                     node.register_prehook(check)
                 node.register_hook(run.announce)
         return out
 
-    def _bind(self, args: Sequence[Any]) -> _Binding:
+    def _bind(self, args: Sequence[Any]) -> Binding:
         """Find the masked weights among ``args``; remembered until one of the parameters dies."""
         if self._adopt is not None:
             self._adopt(self.gm, args)
@@ -282,10 +145,10 @@ class GraphVariants:
             bindings.pop(identity, None)
 
         refs = [weakref.ref(args[index], forget) for index in self._parameters]
-        binding = self._bindings[identity] = _Binding(weights, refs)
+        binding = self._bindings[identity] = Binding(weights, refs)
         return binding
 
-    def _warn_of_other_uses(self, binding: _Binding) -> None:
+    def _warn_of_other_uses(self, binding: Binding) -> None:
         """Say which weights were pruned by their shape alone and are not multiplied by."""
         multiplied = {site.index for site in self.sites}
         placeholders = self.gm.graph.find_nodes(op="placeholder")
@@ -299,7 +162,7 @@ class GraphVariants:
                     ", ".join(sorted(users)),
                 )
 
-    def _prepare(self, binding: _Binding) -> _Run:
+    def _prepare(self, binding: Binding) -> Run:
         """Take up the variant of the present phase, and compile it the first time."""
         binding.follow_structure()
         state = tuple(
@@ -311,13 +174,13 @@ class GraphVariants:
             variant = self._variants.get(key)
             if variant is None:
                 variant = self._variants[key] = self._compile(binding)
-            run = binding.runs[state] = _Run(binding, variant)
+            run = binding.runs[state] = Run(binding, variant)
         run.begin()
         binding.run = run
         return run
 
     # -- which variant -------------------------------------------------------------------------
-    def _key(self, binding: _Binding) -> Hashable:
+    def _key(self, binding: Binding) -> Hashable:
         if self.training:
             return tuple((i, w.controller.routing) for i, w in binding.weights.items())
         return tuple(
@@ -332,7 +195,7 @@ class GraphVariants:
             self._sites, _ = find_weights(self.gm, self._parameters)
         return self._sites
 
-    def _products(self, binding: _Binding) -> list[Product]:
+    def _products(self, binding: Binding) -> list[Product]:
         """What the sparse op computes now."""
         if binding.products is None:
             binding.products = tuple(
@@ -345,7 +208,7 @@ class GraphVariants:
         ]
 
     # -- compile -------------------------------------------------------------------------------
-    def _compile(self, binding: _Binding) -> _Variant:
+    def _compile(self, binding: Binding) -> Variant:
         weights = binding.weights
         masks: list[int] = []
         products: list[Product] = []
@@ -364,13 +227,13 @@ class GraphVariants:
         extra: list[Tensor] = [weights[i].bits for i in masks]
         for product in products:
             extra += product.packed(binding.weights).tensors()
-        variant = _Variant(self._compile_graph(gm, extra), masks, products, dropped)
+        variant = Variant(self._compile_graph(gm, extra), masks, products, dropped)
         variant.holds = self._size_check(gm)
         self.compile_count += 1
         return variant
 
     def _with_sparse_products(
-        self, binding: _Binding
+        self, binding: Binding
     ) -> tuple[fx.GraphModule, list[Product], PassReport]:
         """The graph with the products of now, and those that bring its further inputs."""
         products = {product.source: product for product in self._products(binding)}
@@ -378,20 +241,20 @@ class GraphVariants:
         gm, sources, report = insert_sparse_matmuls(self.gm, self.sites, calls)
         return gm, [products[source] for source in sources], report
 
-    def _eager_variant(self, names: Sequence[str]) -> _Variant:
+    def _eager_variant(self, names: Sequence[str]) -> Variant:
         logger.warning(
             "this graph uses %s otherwise than as the weight of a matmul, but release_dense() "
             "freed the dense storage: it runs eagerly and unpacks the weights at each call",
             ", ".join(names),
         )
-        return _Variant(lambda *args: self.gm(*dense_values(args)), [], [])
+        return Variant(lambda *args: self.gm(*dense_values(args)), [], [])
 
     # -- release -------------------------------------------------------------------------------
-    def _is_releasing(self, binding: _Binding) -> bool:
+    def _is_releasing(self, binding: Binding) -> bool:
         """Whether dense storage of these weights may be freed."""
         return any(controller.released is not None for controller in binding.controllers)
 
-    def _release(self, binding: _Binding) -> bool:
+    def _release(self, binding: Binding) -> bool:
         """Free the dense storage that this graph does not need; whether there was any."""
         if self.training:
             raise PhaseError(
@@ -458,15 +321,8 @@ class GraphVariants:
 
 def _identity_of(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[int, ...]]:
     """A function from arguments to the ids of those at ``positions``."""
-    pick = _picker(positions)
+    pick = picker(positions)
     return lambda args: tuple(map(id, pick(args)))
-
-
-def _picker(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """A function from arguments to those at ``positions``."""
-    if len(positions) < 2:  # itemgetter gives no tuple then
-        return lambda args: tuple([args[index] for index in positions])
-    return operator.itemgetter(*positions)
 
 
 def _find_replaced(identity: Iterable[int]) -> None:
@@ -480,52 +336,3 @@ def _find_replaced(identity: Iterable[int]) -> None:
                 continue
             if id(current) in wanted and masked_weight_of(current) is not weight:  # type: ignore[arg-type]
                 weight.bind()
-
-
-# -- gradients ---------------------------------------------------------------------------------
-def _announcer(variant: _Variant, weights: dict[int, MaskedWeight]) -> Callable[[Any, Any], None]:
-    """A hook of the backward node: tells each weight which gradient its graph has masked."""
-    routed = {i: (weights[i], weights[i].controller.routing) for i in variant.masks}
-
-    def announce(grad_inputs: Sequence[Tensor | None], _: Any) -> None:
-        for slot, index in variant.slots:
-            grad = grad_inputs[slot]
-            if grad is not None:
-                weight, routing = routed[index]
-                weight.note_graph_gradient(grad, routing)
-
-    return announce
-
-
-def _backward_node(out: Any, args: Sequence[Any], variant: _Variant) -> Any:
-    """AOTAutograd's node of this call, behind the outputs; None if nothing needs a gradient."""
-    outputs = out if isinstance(out, (tuple, list)) else (out,)
-    if variant.node_type is not None:
-        for node in _nodes_behind(outputs):
-            if type(node) is variant.node_type:
-                return node
-        return None
-    # inputs may be outputs of other compiled graphs, and may be returned
-    earlier = {type(node) for node in _nodes_behind(args)}
-    for node in _nodes_behind(outputs):
-        if "CompiledFunction" in node.name() and type(node) not in earlier:
-            positions = {id(args[index]): index for index in variant.masks}
-            variant.node_type = type(node)
-            variant.slots = [
-                (slot, positions[id(parent.variable)])
-                for slot, (parent, _) in enumerate(node.next_functions)
-                if id(getattr(parent, "variable", None)) in positions
-            ]
-            return node
-    return None
-
-
-def _nodes_behind(values: Iterable[Any]) -> Iterator[Any]:
-    """The autograd node of each tensor and, behind views of it, a few more."""
-    for value in values:
-        node = value.grad_fn if isinstance(value, Tensor) else None
-        for _ in range(4):
-            if node is None:
-                break
-            yield node
-            node = node.next_functions[0][0] if node.next_functions else None
