@@ -30,6 +30,7 @@ struct Args {
   u32 rows, out_features, in_features;
   u32 chunks;          // of 32 groups, of a block
   u32 steps;           // chunks of a warp
+  u32 inverse;         // 2**32 / steps, rounded up
   u32 room;            // rows of a block at most
   u32 log_q;
   u32 activation;      // position in ACTIVATIONS
@@ -39,6 +40,8 @@ struct Args {
 #define ALL 0xffffffffu
 constexpr int X_BYTES = X_KIND == 0 ? 4 : 2;
 constexpr int W_BYTES = W_KIND == 0 ? 4 : 2;
+constexpr int BASE_BYTES = WIDE_BASE ? 4 : 2;
+constexpr int DEPTH = 2;                  // groups of a lane on their way
 constexpr int VECTORS = W_BYTES;          // of 16 bytes, for the 16 values of a group
 constexpr bool WIDE_X = X_KIND == 0 || RM == 1;  // kept as fp32 in shared memory
 constexpr int CELL = RM * (WIDE_X ? 4 : 2);      // bytes of a column of x: E above
@@ -134,6 +137,10 @@ __device__ __forceinline__ void load(Group& g, const Args& a, u32 chunk) {
 #endif
 }
 
+__device__ __forceinline__ void prefetch(const void* p, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes));
+}
+
 __device__ __forceinline__ void clear(Group& g) {
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) g.val[v] = make_uint4(0u, 0u, 0u, 0u);
@@ -153,6 +160,13 @@ __device__ __forceinline__ u32 dot4(u32 bytes, u32 factors, u32 sum) {
 #else
 #define UNIT 0x01u
 #endif
+
+// From global to shared memory, past the registers.
+template <int BYTES>
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(
+                   (u32)__cvta_generic_to_shared(to)), "l"(from), "n"(BYTES) : "memory");
+}
 
 struct Place {
   const unsigned char* x;  // in shared memory
@@ -264,38 +278,19 @@ __device__ __forceinline__ void put(unsigned char* cell, const u32 (&bits)[RM]) 
 }
 
 #if STAGED
-__device__ __forceinline__ u32 address(const void* p) {
-  return (u32)__cvta_generic_to_shared(p);
-}
-
 // Ask for the rows of x, in pieces of what one bank will hold, 16 bytes apart so that lanes that
-// read different pieces find different banks. By one warp.
-__device__ __forceinline__ void fetch(unsigned char* raw, u64* arrived, const Place& p, u32 q) {
-  const u32 lane = threadIdx.x & (WARP - 1), k = p.in_features, pitch = q * X_BYTES + 16;
-  if (lane == 0) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(arrived)) : "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(arrived)),
-                 "r"(p.rows * k * X_BYTES) : "memory");
+// read different pieces find different banks.
+__device__ __forceinline__ void fetch(unsigned char* raw, const Place& p, u32 log_q) {
+  constexpr u32 SPAN = 16 / X_BYTES;
+  const u32 q = 1u << log_q, pitch = q * X_BYTES + 16, k = p.in_features;
+#pragma unroll
+  for (int m = 0; m < RM; ++m) {
+    if (m >= p.rows) break;
+    for (u32 column = threadIdx.x * SPAN; column < k; column += blockDim.x * SPAN) {
+      unsigned char* to = raw + (m * BANKS + (column >> log_q)) * pitch + (column & (q - 1)) * X_BYTES;
+      copy_async<16>(to, (const unsigned char*)p.global + ((u64)m * k + column) * X_BYTES);
+    }
   }
-  __syncwarp();
-  for (u32 piece = lane; piece < BANKS * p.rows; piece += WARP) {
-    const u32 bank = piece % BANKS, m = piece / BANKS;
-    if (bank * q >= k) continue;
-    const unsigned char* from = (const unsigned char*)p.global + ((u64)m * k + bank * q) * X_BYTES;
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-            "r"(address(raw + piece * pitch)), "l"(from), "r"(min(q, k - bank * q) * X_BYTES),
-        "r"(address(arrived)) : "memory");
-  }
-}
-
-__device__ __forceinline__ void await(u64* arrived) {
-  u32 done;
-  do {
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], 0;\n"
-                 "selp.u32 %0, 1, 0, p; }" : "=r"(done) : "r"(address(arrived)) : "memory");
-  } while (!done);
 }
 
 // From the pieces to the cells; lane after lane takes another bank.
@@ -356,8 +351,19 @@ __device__ __forceinline__ void put_sums(float* sums, u32 place, float (&acc)[RM
 }
 
 __device__ __forceinline__ void add_sums(float (&acc)[RM], const float* sums, u32 place) {
+  if (RM == 1) {
+    acc[0] += sums[place];
+  } else if (RM == 2) {
+    const float2 v = ((const float2*)sums)[place];
+    acc[0] += v.x, acc[1 % RM] += v.y;
+  } else {
 #pragma unroll
-  for (int m = 0; m < RM; ++m) acc[m] += sums[place * RM + m];
+    for (int i = 0; i < RM / 4; ++i) {
+      const float4 v = ((const float4*)sums)[place * (RM / 4) + i];
+      acc[4 * i] += v.x, acc[(4 * i + 1) % RM] += v.y;
+      acc[(4 * i + 2) % RM] += v.z, acc[(4 * i + 3) % RM] += v.w;
+    }
+  }
 }
 
 __device__ __forceinline__ float activate(float v, u32 activation) {
@@ -380,22 +386,20 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) row_linear(Args a) {
   float* sums = (float*)raw;                                             // partial sums
 
 #if __CUDA_ARCH__ >= 900
-  // Ask for the weight before the results of the kernel before are awaited: it is not read until
-  // they are there, only brought nearer.
+  // Bring the beginning of the weight nearer before the results of the kernel before are awaited;
+  // it is read afterwards, since that kernel may have written it.
   if (lane == 0 && warp * a.steps < a.chunks) {
-    const u32 begin = block * a.chunks + warp * a.steps;
-    const u32 count = min(a.steps, a.chunks - warp * a.steps);
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
-                     a.val + (u64)begin * VECTORS * WARP),
-                 "r"(count * VECTORS * WARP * 16u));
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(
-                     (const unsigned char*)a.gap + (u64)begin * WARP * 2 * GAP_BITS),
-                 "r"(count * WARP * 2u * GAP_BITS));
+    const u64 begin = block * a.chunks + warp * a.steps;
+    const u32 count = min(2u, min(a.steps, a.chunks - warp * a.steps)) * WARP;
+    prefetch((const unsigned char*)a.val + begin * (VECTORS * WARP * 16), count * VECTORS * 16);
+    prefetch((const unsigned char*)a.gap + begin * (WARP * 2 * GAP_BITS), count * 2 * GAP_BITS);
+    prefetch((const unsigned char*)a.base + begin * (WARP * BASE_BYTES), count * BASE_BYTES);
   }
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 
+  // x first, or it would come behind all that is asked for of the weight
   Place place;
   const u32 tile = blockIdx.y * RM;
   place.x = shared;
@@ -404,29 +408,26 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) row_linear(Args a) {
   place.back = CELL - (128u << a.log_q);
   place.in_features = a.in_features;
   place.rows = min(RM, a.rows - tile);
-#if STAGED && __CUDA_ARCH__ >= 900
-  __shared__ u64 arrived;
   const bool wide = a.log_q >= 3 && a.in_features * X_BYTES % 16 == 0 && (u64)a.x % 16 == 0;
-  if (wide && warp == 0) fetch(raw, &arrived, place, 1u << a.log_q);
-#else
-  u64 arrived;
-  constexpr bool wide = false;
+#if STAGED
+  if (wide) fetch(raw, place, a.log_q);
 #endif
+  for (u32 r = threadIdx.x; r < a.room; r += blockDim.x)
+    copy_async<4>(ends + r, a.ends + block * a.room + r);
+  if (threadIdx.x == 0) ends[a.room] = 0x7fffffff;
 
-  const u32 chunk_end = (block + 1) * a.chunks;
   u32 chunk = block * a.chunks + warp * a.steps;
-  const u32 own_end = min(chunk + a.steps, chunk_end);
-  Group now, next;
-  if (chunk < own_end) load(now, a, chunk); else clear(now);
-  if (chunk + 1 < own_end) load(next, a, chunk + 1); else clear(next);
-
+  const u32 own_end = min(chunk + a.steps, (block + 1) * a.chunks);
+  Group buffer[DEPTH];
+#pragma unroll
+  for (int d = 0; d < DEPTH; ++d)
+    if (chunk + d < own_end) load(buffer[d], a, chunk + d); else clear(buffer[d]);
   const u32 first = a.first[block], rows = a.first[block + 1] - first;
-  for (u32 r = threadIdx.x; r <= a.room; r += blockDim.x)
-    ends[r] = r < a.room ? a.ends[block * a.room + r] : 0x7fffffff;
+
+  asm volatile("cp.async.wait_all;" ::: "memory");
 #if STAGED
   if (wide) {
-    __syncthreads();  // the barrier is there
-    await(&arrived);
+    __syncthreads();
     transpose(shared, raw, place, 1u << a.log_q);
   } else {
     stage(shared, place, 1u << a.log_q);
@@ -435,23 +436,27 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) row_linear(Args a) {
   __syncthreads();
 
   // the row of the lane's first group: the first that ends after it
-  int group = warp * a.steps * WARP + lane;
+  int group = warp * a.steps * WARP;
   u32 row = 0;
-  for (u32 step = 1u << (31 - __clz(a.room + 1)); step; step >>= 1)
-    if (row + step <= a.room && ends[row + step - 1] <= group) row += step;
+  for (u32 r = lane; r < a.room; r += WARP) row += ends[r] <= group;
+  row = __reduce_add_sync(ALL, row);
+  group += lane;
   int row_end = ends[row];
+  while (group >= row_end) row_end = ends[++row];
   float acc[RM];
 #pragma unroll
   for (int m = 0; m < RM; ++m) acc[m] = 0.0f;
-  while (true) {
-    add_group(acc, place, now);
-    if (++chunk >= own_end) break;
-    now = next;
-    if (chunk + 1 < own_end) load(next, a, chunk + 1);
-    group += WARP;
-    if (group >= row_end) {
-      put_sums(sums, (row + warp) * STRIDE + lane, acc);
-      do row_end = ends[++row]; while (group >= row_end);
+  for (; chunk < own_end; chunk += DEPTH) {
+#pragma unroll
+    for (int d = 0; d < DEPTH; ++d) {
+      if (d && chunk + d >= own_end) break;
+      if (group >= row_end) {
+        put_sums(sums, (row + warp) * STRIDE + lane, acc);
+        do row_end = ends[++row]; while (group >= row_end);
+      }
+      add_group(acc, place, buffer[d]);
+      if (chunk + d + DEPTH < own_end) load(buffer[d], a, chunk + d + DEPTH);
+      group += WARP;
     }
   }
   put_sums(sums, (row + warp) * STRIDE + lane, acc);
@@ -464,7 +469,9 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) row_linear(Args a) {
     const u32 begin = r == 0 || r >= rows ? 0 : ends[r - 1], end = r < rows ? ends[r] : 0;
 #pragma unroll
     for (int m = 0; m < RM; ++m) acc[m] = 0.0f;
-    for (u32 w = begin / part, from = begin; from < end; ++w, from = w * part) {
+    // the warp of the first group: a division by steps
+    u32 w = a.steps == 1 ? begin / WARP : __umulhi(begin / WARP, a.inverse);
+    for (u32 from = begin; from < end; from = ++w * part) {
       const u32 count = min(end, (w + 1) * part) - from;
 #pragma unroll
       for (u32 l = sub; l < WARP; l += 8)

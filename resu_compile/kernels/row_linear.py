@@ -25,7 +25,6 @@ from resu_compile.kernels.row_weight import CHUNK, GROUP, RowWeight, unpack_rows
 
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # X_KIND and W_KIND
 WARP = 32
-STATIC_SHARED = 256  # bytes, rounded up: a barrier
 
 
 # -- reference -------------------------------------------------------------------------------
@@ -47,7 +46,8 @@ class _Args(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "val", "gap", "base", "ends", "first")),
         *((name, ctypes.c_void_p) for name in ("bias", "y")),
         *((name, ctypes.c_uint32) for name in ("rows", "out_features", "in_features", "chunks")),
-        *((name, ctypes.c_uint32) for name in ("steps", "room", "log_q", "activation")),
+        *((name, ctypes.c_uint32) for name in ("steps", "inverse", "room", "log_q")),
+        ("activation", ctypes.c_uint32),
     )
 
 
@@ -106,7 +106,7 @@ def row_launch(
             if staged:  # the cells, and x as it comes where the sums will be
                 pieces = tile * (128 // cell) * ((x_bytes << log_q) + 16)
                 shared += (128 << log_q) + max(0, pieces - sums)
-            if shared + STATIC_SHARED <= shared_limit:
+            if shared <= shared_limit:
                 return RowLaunch(tile, staged, warps * WARP, steps, log_q, shared)
             tile //= 2
     return None
@@ -200,6 +200,7 @@ def row_linear_cuda(
         in_features,
         packed.capacity // CHUNK,
         launch.steps,
+        cdiv(1 << 32, launch.steps) & 0xFFFFFFFF,
         packed.room,
         launch.log_q,
         ACTIVATIONS.index(activation),

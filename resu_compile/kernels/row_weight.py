@@ -55,6 +55,8 @@ class RowWeight:
             else int32.
         ends: int32, ``[blocks, room]``: groups up to the end of each row of a run.
         first: int32, ``[blocks + 1]``: first row of each run, then N.
+        lead: int32, ``[blocks, capacity / 32]``: row of the run, counted from its first, that the
+            first of each 32 groups belongs to; behind the last group, ``room``.
         shape: ``(N, K)``.
         gap_bits: 4 or 8.
         capacity: groups that a run has room for, a multiple of 32.
@@ -65,6 +67,7 @@ class RowWeight:
     base: Tensor
     ends: Tensor
     first: Tensor
+    lead: Tensor
     shape: tuple[int, int]
     gap_bits: int
     capacity: int
@@ -86,6 +89,7 @@ class RowWeight:
             "base": (torch.int16 if narrow else torch.int32, groups),
             "ends": (torch.int32, blocks * self.ends.shape[-1]),
             "first": (torch.int32, blocks + 1),
+            "lead": (torch.int32, groups // CHUNK),
         }
         for name, (dtype, numel) in wanted.items():
             tensor = getattr(self, name)
@@ -105,9 +109,9 @@ class RowWeight:
         """Rows that a run has room for."""
         return int(self.ends.shape[1])
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What is stored, in the order of ``from_tensors``."""
-        return self.val, self.gap, self.base, self.ends, self.first
+        return self.val, self.gap, self.base, self.ends, self.first, self.lead
 
     @property
     def layout(self) -> tuple[int, int]:
@@ -119,9 +123,9 @@ class RowWeight:
         cls, tensors: Sequence[Tensor], layout: Sequence[int], shape: tuple[int, int]
     ) -> RowWeight:
         """The weight again from ``tensors()``, ``layout`` and ``shape``."""
-        val, gap, base, ends, first = tensors
+        val, gap, base, ends, first, lead = tensors
         gap_bits, capacity = layout
-        return cls(val, gap, base, ends, first, (shape[0], shape[1]), gap_bits, capacity)
+        return cls(val, gap, base, ends, first, lead, (shape[0], shape[1]), gap_bits, capacity)
 
     @property
     def size_bytes(self) -> int:
@@ -243,14 +247,17 @@ def pack_rows(
 
     ends = first[:-1, None] + torch.arange(room, device=first.device)
     ends = group_stop[ends.clamp_(max=first[1:, None] - 1).clamp_(min=0)] - block_start[:-1, None]
-    ends.clamp_(min=0)  # of a run without rows
+    ends = ends.clamp_(min=0).to(torch.int32)  # below 0: of a run without rows
+    chunks = torch.arange(0, capacity, CHUNK, dtype=torch.int32, device=ends.device)
+    lead = torch.searchsorted(ends, chunks.repeat(blocks, 1), right=True, out_int32=True)
     shape = (out_features, in_features)
     return RowWeight(
         stored_val,
         stored_gap,
         stored_base,
-        ends.to(torch.int32),
+        ends,
         first.to(torch.int32),
+        lead,
         shape,
         gap_bits,
         capacity,
