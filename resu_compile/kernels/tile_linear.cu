@@ -10,7 +10,7 @@
 // after its next 64 rows are decoded, so that nobody waits.
 //
 // Defined by the caller: TILE_M rows of x (8, 16, 32, 64), GROUPS, UNIT, SEGMENT, SLOTS, SPLITS
-// (1, 2, 4, 8), KIND (1 bfloat16, 2 float16).
+// (1, 2, 4, 8), SUMS buffers for partial sums (1, 2), KIND (1 bfloat16, 2 float16).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -40,8 +40,8 @@ __device__ __forceinline__ u32 shared_address(const void *p) {
   return (u32)__cvta_generic_to_shared(p);
 }
 
-__device__ __forceinline__ void barrier_init(u32 bar) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(bar) : "memory");
+__device__ __forceinline__ void barrier_init(u32 bar, u32 arrivals = 1) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
 }
 
 __device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
@@ -85,6 +85,19 @@ __device__ __forceinline__ void send(u32 to, float v, float w, u32 bar) {
       : "memory");
 }
 
+__device__ __forceinline__ void send(u32 to, float v, float w, float y, float z, u32 bar) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::
+          "r"(to),
+      "f"(v), "f"(w), "f"(y), "f"(z), "r"(bar)
+      : "memory");
+}
+
+// Where a row of sums has column m: two pairs of a lane stand side by side, to be sent as one.
+__device__ __forceinline__ int column_of(int m) {
+  return TILE_M == 8 ? m : (m & ~15) | (m & 6) << 1 | (m & 8) >> 2 | (m & 1);
+}
+
 __device__ __forceinline__ float value_of(u16 bits) {
 #if KIND == 1
   return __uint_as_float((u32)bits << 16);
@@ -124,7 +137,8 @@ __device__ __forceinline__ float activated(float v, int activation) {  // order 
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
 
-__device__ __forceinline__ void multiply(float *d, const u32 *a, u64 b) {
+__device__ __forceinline__ void multiply(float *d, const u32 *a, u32 b_low) {
+  u64 b = (u64)b_low | 1ull << 62 | 64ull << 32;  // swizzle 128, 1024 bytes to the next 8 rows
 #if TILE_M == 8
   asm volatile("wgmma.mma_async.sync.aligned.m64n8k16" MMA_TYPES
                "{%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, 1, 1, 1, 0;"
@@ -231,7 +245,8 @@ __device__ __forceinline__ void load_x(const Args &args, u32 to, int row, int co
 extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THREADS, 1)
     tile_linear(const __grid_constant__ Args args) {
   extern __shared__ __align__(1024) unsigned char memory[];
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, group = warp >> 2;
+  const int tid = threadIdx.x, lane = tid & 31;
+  const int warp = __shfl_sync(~0u, tid >> 5, 0), group = warp >> 2;  // known to be uniform
   const int rank = blockIdx.x % SPLITS, cluster = blockIdx.x / SPLITS;
   const int row0 = blockIdx.y * TILE_M;  // of x
   const int first = args.segments * rank / SPLITS;
@@ -243,12 +258,13 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THRE
 
   const u32 slot_bytes = (WORDS + args.slot_rows) * 128;
   const u32 x_base = shared_address(memory);
-  const u32 sums = x_base + args.held_segments * X_BYTES + group * (2 * SUM_BYTES);
-  const u32 slots = x_base + args.held_segments * X_BYTES + GROUPS * (2 * SUM_BYTES);
+  const u32 sums = x_base + args.held_segments * X_BYTES + group * (SUMS * SUM_BYTES);
+  const u32 slots = x_base + args.held_segments * X_BYTES + GROUPS * (SUMS * SUM_BYTES);
   const u32 own = slots + warp * (SLOTS * slot_bytes);
   const u32 all_bars = slots + GROUPS * 4 * SLOTS * slot_bytes;
   const u32 bars = all_bars + warp * (SLOTS * 8);                  // a slot is filled
-  const u32 sum_bars = all_bars + GROUPS * (4 * SLOTS * 8) + group * 16;  // sums came
+  const u32 sum_bars = all_bars + GROUPS * (4 * SLOTS * 8) + group * 24;  // sums came
+  const u32 free_bar = sum_bars + 16;                               // all have read theirs
 
   // Segments of this warp in order: those of its columns, of one strip after the other.
   u64 policy;
@@ -256,7 +272,9 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THRE
   const int strip0 = block0 * 4 + (warp & 3);
   int copies = 0;  // how many segments there are to copy; strips past the end have none
   if (strip0 < args.strips) copies = ((args.strips - 1 - strip0) / (stride * 4) + 1) * count;
-  int next_strip = strip0, next_segment = 0, next_begin = 0, next_end = 0;
+  // Each of the first lanes starts with the segment of its slot, lane 0 goes on from there.
+  int next_strip = strip0 + lane / count * (stride * 4), next_segment = lane % count;
+  int next_begin = 0, next_end = 0;
   auto find = [&] {
     long long index = (long long)next_strip * args.segments + first + next_segment;
     next_begin = args.offset[index];
@@ -269,42 +287,44 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THRE
     barrier_expect(bar, bytes + WORDS * 128);
     bulk_copy(to, args.flags + index * (WORDS * 32), WORDS * 128, bar, policy);
     if (bytes) bulk_copy(to + WORDS * 128, args.val + (long long)next_begin * 64, bytes, bar, policy);
-    if (++next_segment == count) next_segment = 0, next_strip += stride * 4;
   };
+  auto skip = [&](int segments) {
+    next_segment += segments;
+    while (next_segment >= count) next_segment -= count, next_strip += stride * 4;
+  };
+  const bool first_copies = lane < SLOTS && lane < copies;
+  if (first_copies) find();
   if (lane == 0) {
     for (int i = 0; i < SLOTS; i++) barrier_init(bars + 8 * i);
     if ((warp & 3) == 0) {
       barrier_init(sum_bars);
       barrier_init(sum_bars + 8);
-      barrier_expect(sum_bars, 64 * TILE_M * 4);
-      barrier_expect(sum_bars + 8, 64 * TILE_M * 4);
+      barrier_init(free_bar, SPLITS);
+      for (int i = 0; i < SUMS; i++) barrier_expect(sum_bars + 8 * i, 64 * TILE_M * 4);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
-    for (int i = 0; i < SLOTS && i < copies; i++) {
-      find();
-      fetch(i);
-    }
-    if (SLOTS < copies) find();
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncwarp();
   // the others may send once all barriers are there; waited for before the first send
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 
-  auto hold_x = [&](int segment) {  // x from this segment of the block on
-    int width = min(args.held_segments, count - segment);
-    load_x(args, x_base, row0, (first + segment) * SEGMENT, width);
-    asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;\nfence.proxy.async.shared::cta;" :::
-                     "memory");
+  auto wait_x = [&] {
+    asm volatile("cp.async.wait_all;\nfence.proxy.async.shared::cta;" ::: "memory");
     __syncthreads();
   };
+  // x goes first: behind the weight of all blocks it would come microseconds later
   const bool stays = count <= args.held_segments;
-  if (stays) hold_x(0);
+  if (stays) load_x(args, x_base, row0, first * SEGMENT, count);
+  if (first_copies) fetch(lane);
+  skip(SLOTS);
+  if (lane == 0 && SLOTS < copies) find();
+  if (stays) wait_x();
 
   // Sums of 64 / SPLITS rows of an item, from all blocks of the cluster.
   auto finish = [&](int item) {
-    u32 bar = sum_bars + 8 * (item & 1), from = sums + (item & 1) * SUM_BYTES;
-    barrier_wait(bar, item >> 1 & 1);
-    if ((tid & 127) == 0) barrier_expect(bar, 64 * TILE_M * 4);  // for the item after the next
+    u32 bar = sum_bars + 8 * (item % SUMS), from = sums + item % SUMS * SUM_BYTES;
+    barrier_wait(bar, item / SUMS & 1);
+    if ((tid & 127) == 0) barrier_expect(bar, 64 * TILE_M * 4);  // for the next use
     int row_base = (block0 + item * stride) * 64 + rank * SHARE;
     int columns = min(TILE_M, args.rows - row0);
     for (int e = tid & 127; e < SHARE * columns; e += 128) {
@@ -314,7 +334,7 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THRE
       for (int other = 0; other < SPLITS; other++)
         asm volatile("ld.shared.f32 %0, [%1];"
                      : "=f"(part[other])
-                     : "r"(from + ((other * SHARE + r) * SUM_STRIDE + m) * 4));
+                     : "r"(from + ((other * SHARE + r) * SUM_STRIDE + column_of(m)) * 4));
 #pragma unroll
       for (int other = 0; other < SPLITS; other++) sum += part[other];
       if (n < args.out_features) {
@@ -337,16 +357,21 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THRE
       if (!stays && (segment == 0 || held == args.held_segments)) {
         wait_products<0>();
         __syncthreads();
-        hold_x(segment);
+        load_x(args, x_base, row0, (first + segment) * SEGMENT, min(args.held_segments, count - segment));
+        wait_x();
         held = 0;
       }
       if (item >= items) continue;  // here for the copies of x alone
       const bool alive = strip0 + item * (stride * 4) < args.strips;
-      if (alive) barrier_wait(bars + 8 * slot, phase);
       u32 flags = own + slot * slot_bytes + lane * 4;
+      if (alive) {
+        barrier_wait(bars + 8 * slot, phase);
+      } else {
+        for (int i = 0; i < WORDS; i++)
+          asm volatile("st.shared.u32 [%0], 0;" ::"r"(flags + 128 * i) : "memory");
+      }
       u32 lo = flags + WORDS * 128, hi = lo + 2;
-      // 128-byte swizzle, 1024 bytes to the next 8 rows of x
-      u64 b = (u64)((x_base + held * X_BYTES) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+      u32 b = (x_base + held * X_BYTES) >> 4 | 1 << 16;
 #pragma unroll 1
       for (int step = 0; step < SEGMENT / 64; step += 2) {
         u32 word[2];
@@ -359,7 +384,6 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THRE
           asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word[0]) : "r"(flags));
           flags += 128;
         }
-        if (!alive) word[0] = word[1] = 0;
         if (UNIT == 2) word[1] = word[0] >> 16;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -376,6 +400,7 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THRE
       __syncwarp();
       if (alive && lane == 0 && left > SLOTS) {
         fetch(slot);
+        skip(1);
         if (left > SLOTS + 1) find();
       }
       left--;
@@ -385,19 +410,40 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THRE
     wait_products<0>();
     if (item == 0) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
     if (item >= items) continue;
-    if (item) finish(item - 1);
-    // Once all have sent item i + 1, all have finished item i: its place may be written again.
-    asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+    if (SUMS == 2) {
+      // Once all have sent item i + 1, all have finished item i: its place may be written again.
+      if (item) finish(item - 1);
+      asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+    } else if (item) {
+      barrier_wait(free_bar, item - 1 & 1);
+    }
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       int row = (warp & 3) * 16 + 8 * h + (lane >> 2);
-      u32 to = place_in(sums + (item & 1) * SUM_BYTES, row / SHARE);
-      u32 bar = place_in(sum_bars + 8 * (item & 1), row / SHARE);
-      to += ((rank * SHARE + row % SHARE) * SUM_STRIDE + 2 * (lane & 3)) * 4;
+      u32 to = place_in(sums + item % SUMS * SUM_BYTES, row / SHARE);
+      u32 bar = place_in(sum_bars + 8 * (item % SUMS), row / SHARE);
+      to += ((rank * SHARE + row % SHARE) * SUM_STRIDE) * 4;
+#if TILE_M == 8
+      send(to + (lane & 3) * 8, d[2 * h], d[2 * h + 1], bar);
+#else
 #pragma unroll
-      for (int j = 0; j < TILE_M / 8; j++) send(to + 32 * j, d[4 * j + 2 * h], d[4 * j + 2 * h + 1], bar);
+      for (int j = 0; j < TILE_M / 16; j++)
+        send(to + (lane & 3) * 16 + 64 * j, d[8 * j + 2 * h], d[8 * j + 2 * h + 1],
+             d[8 * j + 4 + 2 * h], d[8 * j + 4 + 2 * h + 1], bar);
+#endif
+    }
+    if (SUMS == 1) {
+      finish(item);
+      asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+      if ((tid & 127) < SPLITS)
+        asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
+                         place_in(free_bar, tid & 127))
+                     : "memory");
     }
   }
   if (!items && stays) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-  if (items) finish(items - 1);
+  if (SUMS == 2 && items) finish(items - 1);
+#if SUMS == 1
+  if (items) barrier_wait(free_bar, items - 1 & 1);  // nobody writes here after the end
+#endif
 }

@@ -49,17 +49,19 @@ class TileConfig:
         groups: warpgroups of a block, each with 64 rows of the weight at a time.
         splits: blocks of a cluster, among which the columns are shared out: 1, 2, 4 or 8.
         slots: segments of the weight that a warp holds in shared memory.
+        sums: buffers for partial sums, 1 or 2.
     """
 
     tile_m: int
     groups: int
     splits: int
     slots: int
+    sums: int = 2
 
     def fixed_bytes(self, packed: TileWeight) -> int:
         """Shared memory of a block for all but x."""
         slot_bytes = (packed.segment // STEP // packed.unit + packed.segment_rows) * 128
-        sums = 2 * GROUP_ROWS * (self.tile_m + 4) * 4 + 16
+        sums = self.sums * GROUP_ROWS * (self.tile_m + 4) * 4 + 24
         return self.groups * (sums + 4 * self.slots * (slot_bytes + 8))
 
     def x_bytes(self, packed: TileWeight) -> int:
@@ -97,8 +99,8 @@ def tile_config(rows: int, packed: TileWeight) -> TileConfig | None:
     splits = 8
     while splits > packed.flags.shape[1]:
         splits //= 2
-    for groups, slots in ((4, 2), (3, 2), (4, 1), (3, 1), (2, 1), (1, 1)):
-        config = TileConfig(tile_m, groups, splits, slots)
+    for groups, slots, sums in ((4, 2, 2), (3, 2, 2), (4, 1, 1), (3, 1, 1), (2, 1, 1), (1, 1, 1)):
+        config = TileConfig(tile_m, groups, splits, slots, sums)
         if config.held_segments(packed):
             return config
     return None
@@ -113,6 +115,7 @@ def _module(
         ("GROUPS", config.groups),
         ("SPLITS", config.splits),
         ("SLOTS", config.slots),
+        ("SUMS", config.sums),
         ("UNIT", unit),
         ("SEGMENT", segment),
         ("KIND", kind),

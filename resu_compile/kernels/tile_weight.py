@@ -1,7 +1,7 @@
 """Packed weight for tensor cores: flag bits and streams of kept values in the order of fragments.
 
 Layout, version 1. An ``(N, K)`` weight is padded to strips of 16 rows and segments of ``segment``
-columns (a multiple of 64). Within a strip, lane ``l = 4 g + t`` of a warp owns what the
+columns (a power of two, at least 128). Within a strip, lane ``l = 4 g + t`` of a warp owns what the
 ``m16n8k16`` and ``wgmma`` instructions want from it as the left operand: for register ``i`` of the
 64-column step ``s`` and half ``h``
 
@@ -26,7 +26,7 @@ https://docs.nvidia.com/cuda/parallel-thread-execution/
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +34,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from resu_compile.errors import ArgumentError, WeightError
-from resu_compile.kernels._triton import cdiv
+from resu_compile.kernels._triton import HAS_TRITON, cdiv
+from resu_compile.kernels.tile_pack import count_triton, fill_triton, unpack_triton
 
 STRIP = 16  # rows of a weight that one warp decodes
 STEP = 64  # columns whose flags of unit 1 are one word of a lane
-SEGMENT = 512  # columns after which all streams of a strip start anew
+SEGMENT = 256  # columns after which all streams of a strip start anew
 ROW = 64  # values of a row of ``val``: 32 lanes, 2 halves
 PAIR_SPARSITY = 0.8  # from here on ``pack_tiles`` takes pairs, where most of them are empty
 MAX_ROWS = 2**31 - 1  # row numbers are int32
@@ -130,7 +131,7 @@ def pack_tiles(
         weight: floating point, ``(N, K)``, any strides.
         mask: bool, ``(N, K)``, True = kept; None keeps what is not 0.
         unit: 1 or 2, see the module; None chooses by the share of pruned places.
-        segment: columns of a segment, a multiple of 128.
+        segment: columns of a segment, a power of two >= 128.
 
     Raises:
         WeightError: ``weight`` is no floating point matrix, or is empty or too large.
@@ -140,63 +141,32 @@ def pack_tiles(
     check_layout(1 if unit is None else unit, segment)
     weight = weight.detach()
     out_features, in_features = weight.shape
+    by_triton = HAS_TRITON and weight.is_cuda
     if unit is None:
-        kept = int(torch.count_nonzero(weight if mask is None else mask))
-        unit = 2 if 1 - kept / weight.numel() >= PAIR_SPARSITY else 1
+        entries = int(torch.count_nonzero(weight if mask is None else mask))
+        unit = 2 if 1 - entries / weight.numel() >= PAIR_SPARSITY else 1
     shape = (out_features, in_features)
-    strips, segments = counts_of(shape, segment)
     bits = _integers(weight)
     # NaN != 0 is True, -0.0 != 0 is False: a comparison of numbers, not of bits
-    kept_places = weight != 0 if mask is None else mask
-    step = max(1, CHUNK // (STRIP * segments * segment))
-    chunks = [slice(s * STRIP, (s + step) * STRIP) for s in range(0, strips, step)]
-    parts = [_flags_and_ranks(kept_places[chunk], unit, segment) for chunk in chunks]
-    rows = torch.cat([part[2] for part in parts])  # (strips * segments,), int32
+    kept = weight != 0 if mask is None else mask
+    flags, rows = (count_triton if by_triton else _count)(kept, unit, segment)
     ends = rows.cumsum(0)  # int64
-    total, longest = int(ends[-1]), int(rows.max())
+    total, longest = torch.stack((ends[-1], rows.max())).tolist()
     if total > MAX_ROWS:
         raise WeightError(
             f"weight: expected at most {MAX_ROWS} rows of {ROW} values, got {total}; split it"
         )
-    starts = F.pad(ends, (1, 0))  # (strips * segments + 1,)
-    val = bits.new_zeros(total * ROW)
-    first = starts[:-1].view(strips, segments, 1, 1, 1)
-    for number, (chunk, (_, rank, _)) in enumerate(zip(chunks, parts, strict=True)):
-        begin = number * step
-        own = first[begin : begin + step]
-        stored = rank >= 0
-        place = (own + rank) * ROW + _streams(bits.device)  # (strips, segments, 32, 2, places)
-        source = _to_streams(bits[chunk], segment)
-        if unit == 2:  # the pruned place of a kept pair is 0
-            alive = _to_streams(kept_places[chunk], segment)
-            source = torch.where(alive, source, torch.zeros_like(source))
-        val[place[stored]] = source[stored]
-    flags = torch.cat([part[0] for part in parts])
-    offset = starts.to(torch.int32)
-    values = val.view(weight.dtype).view(total, ROW)
-    return TileWeight(flags, offset, values, shape, unit, segment, longest)
+    offset = F.pad(ends, (1, 0)).to(torch.int32)  # (strips * segments + 1,)
+    val = bits.new_zeros(total, ROW)
+    (fill_triton if by_triton else _fill)(bits, kept, offset, val, unit, segment)
+    return TileWeight(flags, offset, val.view(weight.dtype), shape, unit, segment, longest)
 
 
 def unpack_tiles(packed: TileWeight) -> Tensor:
-    """The dense ``(N, K)`` weight, bit for bit, +0 where nothing was kept: plain PyTorch."""
-    strips, segments = counts_of(packed.shape, packed.segment)
-    values = _integers(packed.val).view(-1)
-    out_features, in_features = packed.shape
-    dense = values.new_empty(packed.shape)
-    if not values.numel():
-        return dense.zero_().view(packed.val.dtype)
-    starts = packed.offset[:-1].view(strips, segments, 1, 1, 1).long()
-    step = max(1, CHUNK // (STRIP * segments * packed.segment))
-    for begin in range(0, strips, step):
-        flags = packed.flags[begin : begin + step]
-        kept = _kept_of(flags, packed.unit, packed.segment)  # (strips, segments, 32, 2, places)
-        rank = kept.cumsum(-1, dtype=torch.int32) - 1
-        place = (starts[begin : begin + step] + rank) * ROW + _streams(values.device)
-        found = values[place.clamp_(0, values.numel() - 1)]
-        streams = torch.where(kept, found, torch.zeros_like(found))
-        rows = _from_streams(streams, packed.segment)
-        last = min(out_features, (begin + step) * STRIP)
-        dense[begin * STRIP : last] = rows[: last - begin * STRIP, :in_features]
+    """The dense ``(N, K)`` weight, contiguous, bit for bit, +0 where nothing was kept."""
+    flags, offset, val = packed.flags, packed.offset, _integers(packed.val)
+    expand = unpack_triton if HAS_TRITON and val.is_cuda else _unpack
+    dense = expand(flags, offset, val, packed.shape, packed.unit, packed.segment)
     return dense.view(packed.val.dtype)
 
 
@@ -204,8 +174,8 @@ def check_layout(unit: int, segment: int) -> None:
     """Raise unless ``unit`` and ``segment`` are of the format."""
     if unit not in (1, 2):
         raise ArgumentError(f"unit: expected 1 or 2, got {unit}")
-    if segment < 2 * STEP or segment % (2 * STEP):
-        raise ArgumentError(f"segment: expected a positive multiple of {2 * STEP}, got {segment}")
+    if segment < 2 * STEP or segment & (segment - 1):
+        raise ArgumentError(f"segment: expected a power of two >= {2 * STEP}, got {segment}")
 
 
 def check_matrix(weight: Tensor, mask: Tensor | None) -> None:
@@ -246,19 +216,70 @@ def _streams(device: torch.device) -> Tensor:
     return torch.arange(ROW, device=device).view(32, 2, 1)
 
 
-def _flags_and_ranks(kept: Tensor, unit: int, segment: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Flag words, rank of each stored place (-1: not stored), and rows of each segment."""
-    streams = _to_streams(kept, segment)  # (strips, segments, 32, 2, places)
-    if unit == 2:
-        streams = streams.any(3, keepdim=True)
-    rank = streams.cumsum(-1, dtype=torch.int32)
-    rows = rank[..., -1].amax((2, 3)).view(-1)  # (strips * segments,)
-    rank = torch.where(streams, rank - 1, rank.new_full((), -1))
-    strips, segments, lanes, halves, places = streams.shape
-    # (.., lane, half, place) -> (.., word, lane, 32 bits)
-    ordered = streams.transpose(3, 4).reshape(strips, segments, lanes, -1, 32)
-    words = _pack_words(ordered.transpose(2, 3))
-    return words, rank.expand(strips, segments, lanes, 2, places), rows
+# -- plain PyTorch ---------------------------------------------------------------------------
+def _chunks(strips: int, segments: int, segment: int) -> Iterator[slice]:
+    """Strips that are worked on at once."""
+    step = max(1, CHUNK // (STRIP * segments * segment))
+    yield from (slice(begin, min(begin + step, strips)) for begin in range(0, strips, step))
+
+
+def _count(mask: Tensor, unit: int, segment: int) -> tuple[Tensor, Tensor]:
+    """Flag words of a mask, and the rows of values that each segment takes."""
+    words, rows = [], []
+    for chunk in _chunks(*counts_of((mask.shape[0], mask.shape[1]), segment), segment):
+        flagged = _flagged(_strips_of(mask, chunk), unit, segment)
+        rows.append(flagged.sum(-1, dtype=torch.int32).amax((2, 3)).view(-1))
+        strips, segments, lanes, _, _ = flagged.shape
+        # (.., lane, half, place) -> (.., word, lane, 32 bits)
+        ordered = flagged.transpose(3, 4).reshape(strips, segments, lanes, -1, 32)
+        words.append(_pack_words(ordered.transpose(2, 3)))
+    return torch.cat(words), torch.cat(rows)
+
+
+def _fill(bits: Tensor, mask: Tensor, offset: Tensor, val: Tensor, unit: int, segment: int) -> None:
+    """Write the kept entries of ``bits`` to their places in ``val``."""
+    strips, segments = counts_of((mask.shape[0], mask.shape[1]), segment)
+    first = offset[:-1].view(strips, segments, 1, 1, 1).long()
+    for chunk in _chunks(strips, segments, segment):
+        kept = _to_streams(_strips_of(mask, chunk), segment)
+        flagged = _flagged(_strips_of(mask, chunk), unit, segment).expand_as(kept)
+        rank = flagged.cumsum(-1, dtype=torch.int32) - 1
+        place = (first[chunk] + rank) * ROW + _streams(bits.device)
+        source = _to_streams(_strips_of(bits, chunk), segment)
+        source = torch.where(kept, source, torch.zeros_like(source))  # the other of a kept pair
+        val.view(-1)[place[flagged]] = source[flagged]
+
+
+def _unpack(
+    flags: Tensor, offset: Tensor, val: Tensor, shape: tuple[int, int], unit: int, segment: int
+) -> Tensor:
+    """The dense matrix of integers, 0 where nothing was kept."""
+    strips, segments = counts_of(shape, segment)
+    out_features, in_features = shape
+    if not val.numel():
+        return val.new_zeros(shape)
+    dense = val.new_empty(shape)
+    first = offset[:-1].view(strips, segments, 1, 1, 1).long()
+    for chunk in _chunks(strips, segments, segment):
+        kept = _kept_of(flags[chunk], unit, segment)  # (strips, segments, 32, 2, places)
+        rank = kept.cumsum(-1, dtype=torch.int32) - 1
+        place = (first[chunk] + rank) * ROW + _streams(val.device)
+        found = val.view(-1)[place.clamp_(0, val.numel() - 1)]
+        rows = _from_streams(torch.where(kept, found, torch.zeros_like(found)), segment)
+        begin, end = chunk.start * STRIP, min(out_features, chunk.stop * STRIP)
+        dense[begin:end] = rows[: end - begin, :in_features]
+    return dense
+
+
+def _strips_of(matrix: Tensor, chunk: slice) -> Tensor:
+    """The rows of these strips."""
+    return matrix[chunk.start * STRIP : chunk.stop * STRIP]
+
+
+def _flagged(kept: Tensor, unit: int, segment: int) -> Tensor:
+    """What a flag marks: ``(strips, segments, 32, 2, places)``, or 1 for 2 where pairs are."""
+    streams = _to_streams(kept, segment)
+    return streams if unit == 1 else streams.any(3, keepdim=True)
 
 
 def _kept_of(flags: Tensor, unit: int, segment: int) -> Tensor:

@@ -108,8 +108,8 @@ def test_size_follows_the_kept_entries():
     weight = torch.randn(256, 4096).to(torch.bfloat16)
     packed = pack_tiles(weight, torch.rand(256, 4096) >= 0.7)
     bytes_per_weight = packed.size_bytes / weight.numel()
-    # a flag bit, 0.3 values of 2 bytes, and the longest of 64 streams a third longer than the mean
-    assert 1 / 8 + 0.6 < bytes_per_weight < 1 / 8 + 0.6 * 1.4
+    # a flag bit, 0.3 values of 2 bytes, and the longest of 64 streams half as long again as the mean
+    assert 1 / 8 + 0.6 < bytes_per_weight < 1 / 8 + 0.6 * 1.55
     assert packed.size_bytes == sum(t.nbytes for t in packed.tensors())
 
 
@@ -121,7 +121,7 @@ def test_size_follows_the_kept_entries():
         (torch.ones(0, 4), None, {}, WeightError, r"shape \(0, 4\)"),
         (torch.ones(4, 4), torch.ones(4, 4), {}, ArgumentError, "mask: expected torch.bool"),
         (torch.ones(4, 4), None, {"unit": 3}, ArgumentError, "unit: expected 1 or 2, got 3"),
-        (torch.ones(4, 4), None, {"segment": 64}, ArgumentError, "multiple of 128, got 64"),
+        (torch.ones(4, 4), None, {"segment": 64}, ArgumentError, "power of two >= 128, got 64"),
     ],
 )
 def test_bad_arguments(weight, mask, options, error, match):
