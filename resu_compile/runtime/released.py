@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +123,7 @@ def _refuse_training(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     tree_map_only(ReleasedParameter, refuse, (args, dict(kwargs)))
 
 
-def is_released(parameter: Any) -> bool:
+def is_released(parameter: Any) -> TypeGuard[ReleasedParameter]:
     """Whether the dense storage of ``parameter`` is freed."""
     return type(parameter) is ReleasedParameter
 
@@ -169,7 +169,7 @@ def hollow_as_plain(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
     It sees shapes and dtypes; what it would read is NaN.
     """
-    released = [parameter for parameter in parameters if is_released(parameter)]
+    released: list[nn.Parameter] = [p for p in parameters if is_released(p)]
     for parameter in released:
         parameter.__class__ = nn.Parameter
     try:

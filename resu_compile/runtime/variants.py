@@ -28,6 +28,7 @@ from resu_compile.passes.fx_utils import call_name, copy_graph_module
 from resu_compile.passes.sparse_matmul import drop_unused, insert_sparse_matmuls
 from resu_compile.phase import Phase, Routing
 from resu_compile.runtime.controller import Controller
+from resu_compile.runtime.dense_release import NOT_YET
 from resu_compile.runtime.graph_runs import Binding, Compiled, Run, Variant, backward_node, picker
 from resu_compile.runtime.released import RESTORE, dense_values
 from resu_compile.runtime.sparse_products import (
@@ -93,7 +94,7 @@ class GraphVariants:
         self._sites: list[WeightSite] | None = None
         binding = self._bind(example_inputs)
         self._warn_of_other_uses(binding)
-        if not self._is_releasing(binding):
+        if not self._is_refused(binding) and not self._may_release(binding):
             self._prepare(binding)  # errors of the compiler belong to this call
 
     # -- call ----------------------------------------------------------------------------------
@@ -104,7 +105,13 @@ class GraphVariants:
             binding = self._bind(args)
         run = binding.run
         if run is None or not run.is_current():
-            if self._is_releasing(binding) and self._release(binding):
+            if self._is_refused(binding):
+                raise PhaseError(
+                    "expected a call without gradients, because release_dense() was asked for, "
+                    "which is for inference; use torch.no_grad() or torch.inference_mode(); "
+                    f"{RESTORE}"
+                )
+            if self._may_release(binding) and self._release(binding):
                 # eager this once: Dynamo captures what it finds at the next call
                 return self.gm(*dense_values(args))
             run = self._prepare(binding)
@@ -228,7 +235,7 @@ class GraphVariants:
         for product in products:
             extra += product.packed(binding.weights).tensors()
         variant = Variant(self._compile_graph(gm, extra), masks, products, dropped)
-        variant.holds = self._size_check(gm)
+        variant.holds = self._size_check()
         self.compile_count += 1
         return variant
 
@@ -250,17 +257,20 @@ class GraphVariants:
         return Variant(lambda *args: self.gm(*dense_values(args)), [], [])
 
     # -- release -------------------------------------------------------------------------------
-    def _is_releasing(self, binding: Binding) -> bool:
-        """Whether dense storage of these weights may be freed."""
-        return any(controller.released is not None for controller in binding.controllers)
+    def _is_refused(self, binding: Binding) -> bool:
+        """Whether this graph needs gradients of a model that is for inference."""
+        return self.training and any(c.released is not None for c in binding.controllers)
+
+    def _may_release(self, binding: Binding) -> bool:
+        """Whether it is open for any of the weights if its dense storage can go."""
+        return any(
+            weight.controller.released is not None
+            and weight.controller.released.kept.get(weight.name) == NOT_YET
+            for weight in binding.weights.values()
+        )
 
     def _release(self, binding: Binding) -> bool:
         """Free the dense storage that this graph does not need; whether there was any."""
-        if self.training:
-            raise PhaseError(
-                "expected a call without gradients, because release_dense() was asked for, which "
-                f"is for inference; use torch.no_grad() or torch.inference_mode(); {RESTORE}"
-            )
         binding.follow_structure()
         products = list({p.source: p for p in self._products(binding)}.values())
         outlines = [product.outline(binding.weights) for product in self._products(binding)]
@@ -295,7 +305,7 @@ class GraphVariants:
             if shape_env is not None:
                 shape_env.frozen = frozen
 
-    def _size_check(self, gm: fx.GraphModule) -> Callable[[Sequence[Any]], bool] | None:
+    def _size_check(self) -> Callable[[Sequence[Any]], bool] | None:
         """A check of guards on sizes that came up after Dynamo had installed its own."""
         shape_env = self._fake_mode.shape_env if self._fake_mode else None
         if shape_env is None or self._shape_guards is None:
@@ -303,7 +313,8 @@ class GraphVariants:
         guards = shape_env.guards[self._shape_guards :]
         if not guards:
             return None
-        values = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
+        placeholders = self.gm.graph.find_nodes(op="placeholder")
+        values = [node.meta.get("example_value") for node in placeholders]
         sizes = [i for i, value in enumerate(values) if isinstance(value, torch.SymInt)]
         code = shape_env.produce_guards_expression([values[i] for i in sizes], guards=guards)
         if not code:
