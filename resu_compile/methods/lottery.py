@@ -66,6 +66,13 @@ class Lottery(TrainingMethod):
 
     def begin(self, run: Run) -> None:
         """Remember the weights, if they are to be those of step 0."""
+        levels = len(self.sparsities(run.config.sparsity))
+        if run.steps < 2 * levels:
+            raise ArgumentError(
+                f"steps: expected at least {2 * levels}, two for each of {levels} levels that lead "
+                f"to sparsity {run.config.sparsity:g} at rate={self.rate}, got {run.steps}; a "
+                "higher rate takes fewer levels"
+            )
         self.after_step(run)
 
     def after_step(self, run: Run) -> None:

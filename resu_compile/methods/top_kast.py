@@ -85,8 +85,8 @@ class TopKAST(TrainingMethod):
         assert run.master is not None
         backward = self._backward(run)
         for places in run.places():
-            density = run.controller.weights[places.name].nnz / places.mask.numel()
-            factor = torch.where(places.mask, 1.0, 1.0 / density)
+            active = max(run.controller.weights[places.name].nnz, 1)
+            factor = torch.where(places.mask, 1.0, places.mask.numel() / active)
             assert places.gradient is not None
             penalty = (self.penalty * run.loss_scale) * factor * places.weight
             grad = torch.where(backward[places.name], places.gradient + penalty, 0.0)

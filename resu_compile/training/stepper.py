@@ -88,7 +88,8 @@ class Stepper:
             check_gradients(self._model.parameters(), number)
             self._checked = True
         scale = scaler.get_scale() if scaler.is_enabled() else 1.0
-        if method is None or method.after_backward(loss_scale=scale):
+        goes_on = method is None or method.after_backward(loss_scale=scale)
+        if goes_on or not scaler.is_enabled():  # without gradients a step changes nothing
             if config.clip_norm is not None:
                 scaler.unscale_(self._optimizer)
                 nn.utils.clip_grad_norm_(self._model.parameters(), config.clip_norm)

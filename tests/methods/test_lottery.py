@@ -78,3 +78,5 @@ def test_a_wrong_setting_is_named():
         Lottery(rate=0.0)
     with pytest.raises(ArgumentError, match="^rewind: expected"):
         Lottery(rewind=-1)
+    with pytest.raises(ArgumentError, match="^steps: expected at least 24, two for each of 12"):
+        make_run("lottery", sparsity=0.9).start()
