@@ -117,26 +117,38 @@ def _sparse_linear(
     if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
         bias = bias.to(x.dtype).contiguous()
     part = None if kernel in (_DENSE, _UNPACK) else _planned(kernel, parts, plan)
-    device_type = x.device.type
-    if part is not None and _runs(part.kernel, x) and in_features:
-        form = format_of(part.kernel)
-        own = form.from_tensors(
-            packed[part.start : part.stop], part.layout, (out_features, in_features)
-        )
-        if part.kernel == _CSR and torch.is_autocast_enabled(device_type):
-            with torch.autocast(device_type, enabled=False):
-                y = form.linear(x2, own, bias, activation)
-        else:  # kernels of our own; x has its dtype already
-            y = form.linear(x2, own, bias, activation)
-    else:
+    if part is None or not in_features or not _runs(part.kernel, x):
         if weight is None or kernel == _UNPACK:
             weight = unpack_parts(packed, parts, (out_features, in_features))
-        if torch.is_autocast_enabled(device_type):
-            with torch.autocast(device_type, enabled=False):
-                y = _dense(x2, weight, bias, activation)
-        else:
-            y = _dense(x2, weight, bias, activation)
+        part = None
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):  # x has its dtype already
+        with torch.autocast(device_type, enabled=False):
+            y = _product(x2, weight, packed, part, (out_features, in_features), bias, activation)
+    else:
+        y = _product(x2, weight, packed, part, (out_features, in_features), bias, activation)
     return y if len(sizes) == 2 else y.view(*sizes[:-1], out_features)
+
+
+def _product(
+    x: Tensor,
+    weight: Tensor | None,
+    packed: Sequence[Tensor],
+    part: Part | None,
+    shape: tuple[int, int],
+    bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """By the format ``part``, or densely if there is none."""
+    if part is not None:
+        form = format_of(part.kernel)
+        own = form.from_tensors(packed[part.start : part.stop], part.layout, shape)
+        return form.linear(x, own, bias, activation)
+    assert weight is not None
+    y = F.linear(x, weight.to(x.dtype), bias)
+    if activation != "none":
+        y = apply_activation(y, activation)
+    return y.contiguous()
 
 
 def _planned(kernel: int, parts: Mapping[int, Part], plan: Sequence[int]) -> Part:
@@ -155,13 +167,6 @@ def _runs(kernel: int, x: Tensor) -> bool:
     if kernel == _CSR:
         return has_csr_kernel(x.device, x.dtype)
     return x.dtype in _CUDA_DTYPES
-
-
-def _dense(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    y = F.linear(x, weight.to(x.dtype), bias)
-    if activation != "none":
-        y = apply_activation(y, activation)
-    return y.contiguous()
 
 
 # -- checks ----------------------------------------------------------------------------------

@@ -209,7 +209,10 @@ def test_unpacking_needs_a_format_when_traced():
         (Kernel.CSR, True, False, True),
         (Kernel.UNPACK, True, True, False),
         (Kernel.DENSE, False, True, True),
-        *[pytest.param(k, True, True, False, marks=cuda) for k in (Kernel.ROWS, Kernel.TILES)],
+        *[
+            pytest.param(k, True, True, False, marks=cuda)
+            for k in (Kernel.ROWS, Kernel.TILES, Kernel.SEMI)
+        ],
     ],
 )
 def test_opcheck(kernel, released, with_bias, transposed, with_grad, device):
@@ -299,7 +302,7 @@ def test_autocast_leaves_float64_alone(device):
     assert_close(y, F.linear(x, weight))
 
 
-@pytest.mark.parametrize("kernel", [Kernel.DENSE, Kernel.CSR, Kernel.UNPACK], ids=lambda k: k.name)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_the_op_itself_ignores_autocast(kernel, device):
     weight = make_weight((6, 40), device=device)
     x = torch.randn(3, 40, device=device)
