@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import resu_compile as resu
-from resu_compile.errors import PhaseError
+from resu_compile.errors import ArgumentTypeError, PhaseError
 from resu_compile.runtime.released import ReleasedParameter
 from tests.compiling import Backend, no_recompile
 
@@ -95,6 +95,29 @@ def test_through_inductor_and_sparsify():
     torch.testing.assert_close(first, second)
     with torch.no_grad():
         torch.testing.assert_close(model.q(X), before)
+
+
+def test_as_an_option_of_the_backend():
+    model = Net()
+    options = {"sparsity": 0.7, "sparse_threshold": 0.0, "release_dense": True}
+    call = torch.compile(model, backend="resu", options=options)
+    with torch.no_grad():
+        first, second = call(X), call(X)
+    torch.testing.assert_close(first, second)
+    assert set(resu.controller(call).released.released) == FREED
+    with pytest.raises(ArgumentTypeError, match="release_dense: expected a bool, got 'yes'"):
+        resu.sparsify(Net(), release_dense="yes")
+
+
+def test_report_explain_and_export(tmp_path):
+    model, ctl, _, _, before = released()
+    assert str(resu.report(model)) == str(resu.report(copy.deepcopy(model)))
+    assert "q.weight" in str(resu.explain(model, X))
+    resu.export(model, (X,), tmp_path / "sparse.pt2")
+    with torch.no_grad():
+        torch.testing.assert_close(resu.load(tmp_path / "sparse.pt2")(X), before)
+    assert set(ctl.released.released) == FREED
+    assert stored(model.q.weight) == 4
 
 
 def test_state_copies_and_eager_calls_see_the_values():
