@@ -96,6 +96,11 @@ class MEST(DropAndGrow):
             n_drop = max(active - lower, 0)
             yield places.name, self.swapped(places, n_drop, max(upper - (active - n_drop), 0))
 
+    def finish(self, run: Run) -> None:
+        """Prune to the sparsity, if the run ends before the last range."""
+        if run.step < self._borders(run)[-1]:
+            run.prune()
+
     def begin(self, run: Run) -> None:
         """A random mask, whose counts are what the ranges refer to."""
         super().begin(run)

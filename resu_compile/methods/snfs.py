@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from resu_compile.methods.criteria import Criterion, Places
+from resu_compile.methods.criteria import Criterion, Places, get_criterion, scored
 from resu_compile.methods.drop_and_grow import DropAndGrow
 from resu_compile.methods.registry import register_method
 
@@ -27,10 +27,12 @@ class SNFS(DropAndGrow):
         drop    ceil(f n_active) lowest |w| of each weight, f from 0.5 by a cosine to 0.005
         share   what was dropped, by the mean |m| of each weight's active places; at most 0.99 of
                 the free places of one, the rest goes round again
-        grow    by |m| of the missing; ``grow="adam_momentum"`` takes m / (sqrt(v) + 1e-8)
+        grow    by |m| of the missing; ``grow="adam_momentum"`` takes |m| / (sqrt(v) + 1e-8) for
+                both, as the source does beside Adam
 
     Gradients are dense on every step before ``stop``: m is their mean with decay 0.9, kept beside
     the optimizer, whose own state stays 0 at pruned places. The total of active places is constant.
+    The source updates at the end of each epoch; here every ``every`` steps up to ``stop``.
 
     Source: Dettmers and Zettlemoyer 2019, https://arxiv.org/abs/1907.04840;
     TimDettmers/sparse_learning, core.py
@@ -49,16 +51,15 @@ class SNFS(DropAndGrow):
             active = int(places.mask.sum())
             counts[places.name] = min(math.ceil(fraction * active), active)
             free[places.name] = places.mask.numel() - active + counts[places.name]
-            importance[places.name] = _mean_momentum(places)
+            importance[places.name] = self._importance(places)
         grown = shared_out(sum(counts.values()), importance, free)
         for places in run.places():
             yield places.name, self.swapped(places, counts[places.name], grown[places.name])
 
-
-def _mean_momentum(places: Places) -> float:
-    if places.mean is None or not bool(places.mask.any()):
-        return 0.0
-    return float(places.mean.abs()[places.mask].double().mean())
+    def _importance(self, places: Places) -> float:
+        if not bool(places.mask.any()):
+            return 0.0
+        return float(scored(get_criterion(self.grow), places)[places.mask].double().mean())
 
 
 def shared_out(

@@ -124,6 +124,7 @@ class StepCosts:
         self.gradient: dict[str, float] = {}
         self.entries: dict[str, int] = {}
         self._next: dict[str, tuple[float, float]] = {}
+        self._key: tuple[int, int] | None = None
 
     def prepare(
         self, controller: Controller, gradient_shares: Mapping[str, float] | None = None
@@ -135,6 +136,10 @@ class StepCosts:
             gradient_shares: share of each weight's gradient that the method asks for; None goes by
                 the controller.
         """
+        key = (controller.epoch, id(gradient_shares))
+        if key == self._key:
+            return
+        self._key = key
         sparse, dense = controller.phase is Phase.SPARSE, controller.routing is Routing.ALL
         for name, weight in controller.weights.items():
             density = weight.nnz / weight.numel if sparse else 1.0
@@ -182,6 +187,7 @@ class StepCosts:
         self.steps = state["steps"]
         self.forward, self.gradient = dict(state["forward"]), dict(state["gradient"])
         self.entries = dict(state["entries"])
+        self._key = None
 
 
 def inference_share(controller: Controller, flops: ModelFlops | None = None) -> float:

@@ -57,7 +57,8 @@ class MethodStats:
         ever_share: Rs, share of the entries that were active in any mask. The mask of a model that
             begins dense is full, so that it is 1 for methods that prune trained weights.
         updates: how many changes of masks there were.
-        mean_churn: mean over these of the share of active entries that were new; 0 without any.
+        mean_churn: mean over those after the first step of the share of active entries that were
+            new; 0 without any.
         densities: weight name -> share of active entries.
         training_flops: relative to training as many steps dense.
         inference_flops: relative to a dense forward pass.
@@ -84,7 +85,7 @@ class MethodStats:
         weights = controller.weights.values()
         ever = sum(controller.history.ever_active(weight) for weight in weights)
         total = sum(weight.numel for weight in weights)
-        churns = [update.churn for update in updates]
+        churns = [update.churn for update in updates if update.step > 0]
         return cls(
             steps=costs.steps,
             sparsity=controller.sparsity,

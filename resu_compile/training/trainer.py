@@ -314,9 +314,13 @@ class Trainer:
                 callback.on_stop(self, reason)
         controller = cycle.controller
         sparsity = 0.0 if controller is None else controller.sparsity
+        method = None
+        if self._method is not None and controller is not None:
+            method = self._method.stats().as_dict()
         cycle.finish()
         best = None if self._patience is None else self._patience.best
-        self._writer.write("end", cycle.step_index, sparsity=sparsity, best=best)
+        told = {} if method is None else {"method": method}
+        self._writer.write("end", cycle.step_index, sparsity=sparsity, best=best, **told)
         result = TrainingResult(
             tuple(cycle.history), tuple(self.stats), best, self._stopped, cycle.step_index
         )

@@ -48,6 +48,13 @@ def test_the_last_range_begins_even_without_an_update_there():
     assert [update.step for update in run.updates] == [0, 7, 14, 18, 21, 24]
 
 
+def test_an_early_end_prunes_to_the_sparsity():
+    run = drive(make_run("mest", options={"every": 2, "mode": "em&s"}, steps=32), until=10)
+    assert counts(run) == [48, 24]
+    run.finish()
+    assert counts(run) == [32, 16]
+
+
 def test_the_score_with_the_gradient_needs_no_dense_one():
     run = make_run("mest", options={"every": 2, "drop": "weight_and_gradient"}).start()
     while not run.done:

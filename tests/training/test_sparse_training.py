@@ -384,6 +384,7 @@ def test_the_trainer_runs_what_a_loop_runs():
     stages = [record["stage"] for record in trainer.stats if record["event"] == "step"]
     assert stages == [str(Stage.TRAIN)] * 15 + [str(Stage.RECOVER)] * 5
     assert sum(record["event"] == "update" for record in trainer.stats) == 4
+    assert trainer.stats[-1]["method"] == run.stats().as_dict()
 
 
 def test_the_learning_rate_is_rewound_with_the_weights():
