@@ -88,10 +88,6 @@ class Plan:
             return frozenset({self.unpacked_from})
         return formats
 
-    def times_at(self, rows: int) -> Mapping[Kernel, float]:
-        """Measured milliseconds of each kernel at ``rows`` rows of x; empty if there are none."""
-        return self.times_ms.get(batch_bucket(rows), {})
-
 
 def choose_plan(
     device: torch.device,
@@ -284,7 +280,8 @@ class _Case:
         if not doubts:
             return {}
         wanted = {
-            smallest_batch(bucket): kernels | {self.base} for bucket, kernels in doubts.items()
+            smallest_batch(bucket): kernels | {self.base, Kernel.DENSE}
+            for bucket, kernels in doubts.items()
         }
         times, sources = self._times(wanted)
         for bucket, kernels in doubts.items():

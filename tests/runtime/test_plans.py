@@ -82,12 +82,6 @@ def test_wrong_plans():
         Plan((DENSE,) * NUMBER, unpacked_from=UNPACK)
 
 
-def test_times_at_any_row_count():
-    plan = Plan((DENSE,) * NUMBER, {batch_bucket(5): {DENSE: 1.0}})
-    assert plan.times_at(8) == {DENSE: 1.0}
-    assert plan.times_at(9) == {}
-
-
 # -- the rule --------------------------------------------------------------------------------
 def test_fastest_needs_the_margin():
     times = {DENSE: 1.0, ROWS: 0.98, TILES: 0.96}
