@@ -252,9 +252,9 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THRE
   const int first = args.segments * rank / SPLITS;
   const int count = args.segments * (rank + 1) / SPLITS - first;
   const int blocks = (args.strips + 3) / 4;  // of 64 rows
-  const int stride = args.clusters * GROUPS, block0 = cluster * GROUPS + group;
+  const int stride = args.clusters * GROUPS, block0 = group * args.clusters + cluster;
   const int items = block0 < blocks ? (blocks - 1 - block0) / stride + 1 : 0;
-  const int rounds = (blocks - 1 - cluster * GROUPS) / stride + 1;
+  const int rounds = (blocks - 1 - cluster) / stride + 1;
 
   const u32 slot_bytes = (WORDS + args.slot_rows) * 128;
   const u32 x_base = shared_address(memory);
@@ -312,6 +312,9 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THRE
     asm volatile("cp.async.wait_all;\nfence.proxy.async.shared::cta;" ::: "memory");
     __syncthreads();
   };
+  // All that the kernels before have written may be read from here on; the next kernel may start
+  // where a block of this one has ended.
+  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
   // x goes first: behind the weight of all blocks it would come microseconds later
   const bool stays = count <= args.held_segments;
   if (stays) load_x(args, x_base, row0, first * SEGMENT, count);

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +28,22 @@ KINDS = {torch.bfloat16: 1, torch.float16: 2}  # KIND of tile_linear.cu
 HOPPER = (9, 0)  # compute capability: wgmma exists on no other
 SHARED_BYTES = 232448  # shared memory that one block may have on sm_90
 GROUP_ROWS = 64  # rows of the weight that a warpgroup multiplies
+TILE_ROWS = (8, 16, 32, 64)  # rows of x that a block may take
 SCALES = (ctypes.c_int * 8)(*(128 >> i for i in range(8)))  # see tile_linear.cu
+# Blocks start before the kernel before them has ended and wait for its results themselves.
+OVERLAP = False
+
+# What runs at once on 132 multiprocessors, by blocks of a cluster: a cluster stays in one part
+# (GPC) of the chip. Only the choice of a cut counts on it; the launch asks the driver.
+CLUSTERS = {8: 15, 4: 32, 2: 66, 1: 132}
+# Cycles in which each of g warpgroups of a block decodes 64 x 64 places: STEP_CYCLES and
+# GROUP_CYCLES for each of them. From 24.7 us (g = 4) and 25.1 us (g = 3) on an H200, bf16,
+# 14336x4096 at 70 %, 8 rows of x.
+STEP_CYCLES, GROUP_CYCLES = 230, 163
+# How much longer it takes: where a warp cannot copy ahead (29.1 against 26.6 us at 50 %), where
+# partial sums have one buffer (43.0 against 31.9 us, 32 rows), and where x does not stay (32.6
+# against 29.9 us, 16 rows); same device, dtype and weight.
+SINGLE_SLOT, SINGLE_SUM, MOVING_X = 1.3, 1.3, 1.2
 
 
 # -- reference -------------------------------------------------------------------------------
@@ -41,11 +58,35 @@ def tile_linear_reference(
 
 # -- CUDA C++ --------------------------------------------------------------------------------
 @dataclass(frozen=True)
+class TileShape:
+    """What the cut of a launch depends on.
+
+    Attributes:
+        out_features: rows of the weight.
+        segments: segments of a strip.
+        unit: see ``TileWeight``.
+        segment: see ``TileWeight``.
+        segment_rows: see ``TileWeight``.
+    """
+
+    out_features: int
+    segments: int
+    unit: int
+    segment: int
+    segment_rows: int
+
+    @classmethod
+    def of(cls, packed: TileWeight) -> TileShape:
+        """The numbers of a weight."""
+        return cls(packed.shape[0], packed.flags.shape[1], *packed.layout)
+
+
+@dataclass(frozen=True)
 class TileConfig:
     """How one launch is cut.
 
     Attributes:
-        tile_m: rows of x of a block: 8, 16, 32 or 64.
+        tile_m: rows of x of a block, one of ``TILE_ROWS``.
         groups: warpgroups of a block, each with 64 rows of the weight at a time.
         splits: blocks of a cluster, among which the columns are shared out: 1, 2, 4 or 8.
         slots: segments of the weight that a warp holds in shared memory.
@@ -58,26 +99,37 @@ class TileConfig:
     slots: int
     sums: int = 2
 
-    def fixed_bytes(self, packed: TileWeight) -> int:
+    def fixed_bytes(self, shape: TileShape) -> int:
         """Shared memory of a block for all but x."""
-        slot_bytes = (packed.segment // STEP // packed.unit + packed.segment_rows) * 128
+        slot_bytes = (shape.segment // STEP // shape.unit + shape.segment_rows) * 128
         sums = self.sums * GROUP_ROWS * (self.tile_m + 4) * 4 + 24
         return self.groups * (sums + 4 * self.slots * (slot_bytes + 8))
 
-    def x_bytes(self, packed: TileWeight) -> int:
-        """Shared memory of a block for x of one segment."""
-        return self.tile_m * packed.segment * 2
+    def own_segments(self, shape: TileShape) -> int:
+        """Segments of a strip that a block has, at most."""
+        return cdiv(shape.segments, self.splits)
 
-    def held_segments(self, packed: TileWeight) -> int:
+    def held_segments(self, shape: TileShape) -> int:
         """Segments whose x a block holds at once: all of its own if they fit, 0 if none fits."""
-        own = cdiv(packed.flags.shape[1], self.splits)
-        room = SHARED_BYTES - self.fixed_bytes(packed)
-        fitting = max(room, 0) // self.x_bytes(packed)
-        return own if fitting >= own else fitting
+        room = SHARED_BYTES - self.fixed_bytes(shape)
+        fitting = max(room, 0) // (self.tile_m * shape.segment * 2)
+        return min(fitting, self.own_segments(shape))
 
-    def shared_bytes(self, packed: TileWeight) -> int:
+    def shared_bytes(self, shape: TileShape) -> int:
         """Shared memory of a block."""
-        return self.fixed_bytes(packed) + self.held_segments(packed) * self.x_bytes(packed)
+        x_bytes = self.held_segments(shape) * self.tile_m * shape.segment * 2
+        return self.fixed_bytes(shape) + x_bytes
+
+    def cycles(self, shape: TileShape) -> float:
+        """Rough time of the decoding, to compare cuts."""
+        items = cdiv(cdiv(shape.out_features, GROUP_ROWS), CLUSTERS[self.splits])
+        rounds, rest = divmod(items, self.groups)
+        cycles: float = rounds * (STEP_CYCLES + GROUP_CYCLES * self.groups)
+        cycles += (STEP_CYCLES + GROUP_CYCLES * rest) if rest else 0
+        steps = self.own_segments(shape) * (shape.segment // STEP)
+        cycles *= steps * (SINGLE_SLOT if self.slots == 1 else 1.0)
+        cycles *= SINGLE_SUM if self.sums == 1 else 1.0
+        return cycles * (MOVING_X if self.held_segments(shape) < self.own_segments(shape) else 1.0)
 
 
 class _Args(ctypes.Structure):
@@ -93,17 +145,26 @@ class _Args(ctypes.Structure):
     )
 
 
-def tile_config(rows: int, packed: TileWeight) -> TileConfig | None:
-    """Cut for ``rows`` rows of x; None if shared memory does not suffice."""
-    tile_m = 8 if rows <= 8 else 16 if rows <= 16 else 32 if rows <= 32 else 64
-    splits = 8
-    while splits > packed.flags.shape[1]:
-        splits //= 2
-    for groups, slots, sums in ((4, 2, 2), (3, 2, 2), (4, 1, 1), (3, 1, 1), (2, 1, 1), (1, 1, 1)):
-        config = TileConfig(tile_m, groups, splits, slots, sums)
-        if config.held_segments(packed):
-            return config
-    return None
+@functools.cache
+def tile_config(tile_m: int, shape: TileShape) -> TileConfig | None:
+    """The cut that should be fastest; None if shared memory suffices for none.
+
+    Args:
+        tile_m: rows of x of a block.
+        shape: of the weight.
+    """
+    cuts = itertools.product(CLUSTERS, (4, 3, 2, 1), (3, 2, 1), (2, 1))
+    fitting = [
+        config
+        for config in (TileConfig(tile_m, groups, splits, *rest) for splits, groups, *rest in cuts)
+        if config.splits <= shape.segments and config.held_segments(shape)
+    ]
+    return min(fitting, key=operator.methodcaller("cycles", shape)) if fitting else None
+
+
+def tile_rows(rows: int) -> int:
+    """Rows of x that a block takes of ``rows``."""
+    return next((tile for tile in TILE_ROWS if tile >= rows), TILE_ROWS[-1])
 
 
 @functools.cache
@@ -139,6 +200,8 @@ def tile_linear_cuda(
     activation: str,
     config: TileConfig,
     out: Tensor | None = None,
+    *,
+    overlap: bool = OVERLAP,
 ) -> Tensor | None:
     """Launch the kernel; None where it cannot be compiled.
 
@@ -149,6 +212,7 @@ def tile_linear_cuda(
         activation: one of ``ACTIVATIONS``.
         config: how to cut the launch.
         out: contiguous ``(M, N)`` of the same dtype to write into, or None for a new one.
+        overlap: start before the kernel before has ended, and wait for it inside.
     """
     device = x.device.index
     module = _module(config, packed.unit, packed.segment, KINDS[x.dtype], device)
@@ -161,9 +225,14 @@ def tile_linear_cuda(
         out = x.new_empty(rows, out_features)
     strips, segments = packed.flags.shape[:2]
     x_stride = x.stride(0) if rows > 1 else in_features
-    shared_bytes = config.shared_bytes(packed)
-    wanted = cdiv(cdiv(out_features, GROUP_ROWS), config.groups)
-    clusters = min(wanted, _clusters_at_once(module, config.splits, shared_bytes))
+    shape = TileShape.of(packed)
+    held_segments, shared_bytes = config.held_segments(shape), config.shared_bytes(shape)
+    if not held_segments:
+        raise ArgumentError(
+            f"config: expected at most {SHARED_BYTES} bytes of shared memory, got {config}"
+        )
+    blocks = cdiv(out_features, GROUP_ROWS)
+    clusters = min(blocks, _clusters_at_once(module, config.splits, shared_bytes))
     args = _Args(
         flags=packed.flags.data_ptr(),
         offset=packed.offset.data_ptr(),
@@ -178,7 +247,7 @@ def tile_linear_cuda(
         segments=segments,
         strips=strips,
         slot_rows=packed.segment_rows,
-        held_segments=config.held_segments(packed),
+        held_segments=held_segments,
         clusters=clusters,
         activation=ACTIVATIONS.index(activation),
         x_aligned=int(x.data_ptr() % 16 == 0 and (rows == 1 or x_stride % 8 == 0)),
@@ -186,7 +255,7 @@ def tile_linear_cuda(
     )
     grid = (clusters * config.splits, cdiv(rows, config.tile_m))
     with torch.cuda.device(device):
-        module.launch("tile_linear", grid, args, shared_bytes=shared_bytes)
+        module.launch("tile_linear", grid, args, shared_bytes=shared_bytes, overlap=overlap)
     return out
 
 
@@ -218,7 +287,7 @@ def tile_linear(
             own = TileWeight.from_tensors(
                 (packed.flags, packed.offset, packed.val.to(x.dtype)), packed.layout, packed.shape
             )
-        config = tile_config(x.shape[0], own)
+        config = tile_config(tile_rows(x.shape[0]), TileShape.of(own))
         y = None if config is None else tile_linear_cuda(x, own, bias, activation, config)
         if y is not None:
             return y
