@@ -53,7 +53,7 @@ def pack_weight(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
             f"pack_weight: expected a bool mask of shape {tuple(weight.shape)} like the weight, "
             f"got {mask.dtype} of shape {tuple(mask.shape)}"
         )
-    flat, active = _as_integers(weight.detach()).reshape(-1), mask.reshape(-1)
+    flat, active = as_integers(weight.detach()).reshape(-1), mask.reshape(-1)
     if weight.device.type == "cpu":  # 4096x4096 at 70 %, 2-core Zen 5: 82 ms, masked_select 242 ms
         values = flat.index_select(0, active.nonzero().view(-1))  # (nnz,)
     else:
@@ -65,7 +65,7 @@ def pack_weight(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def unpack_weight_reference(values: Tensor, bits: Tensor, shape: Sequence[int]) -> Tensor:
     """Plain PyTorch meaning of the op, on every device."""
     mask = unpack_mask(bits, shape)
-    integers = _as_integers(values)
+    integers = as_integers(values)
     dense = torch.zeros(tuple(shape), dtype=integers.dtype, device=values.device)
     return dense.masked_scatter_(mask, integers).view(values.dtype)
 
@@ -96,7 +96,8 @@ def _check_shapes(values: Tensor, bits: Tensor, shape: Sequence[int]) -> None:
         )
 
 
-def _as_integers(x: Tensor) -> Tensor:
+def as_integers(x: Tensor) -> Tensor:
+    """The bits of each element, as a view of an integer dtype of its size."""
     integer = _INTEGER_OF_SIZE.get(x.dtype.itemsize)
     if integer is None:
         raise ArgumentError(f"packed weight: expected a dtype of 1 to 8 bytes, got {x.dtype}")

@@ -166,6 +166,7 @@ def _choose(
             )
         return  # what is held is made in the end
     from resu_compile.kernels.packed_linear import pack_linear
+    from resu_compile.kernels.packed_weight import as_integers
 
     weights = [
         held.pop(name)() if name in held else gm.get_parameter(name).detach() for name in names
@@ -180,7 +181,8 @@ def _choose(
     del weights
     whole = rows[0] if len(rows) == 1 else torch.cat(rows)
     del rows
-    packed = pack_linear(whole, None, plan.needed)
+    # by their bits: -0 is kept, so that what is unpacked again is what was packed
+    packed = pack_linear(whole, as_integers(whole).ne(0), plan.needed)
     del whole
     if release:
         for name in names:
