@@ -25,7 +25,7 @@ from resu_compile.methods.training_method import TrainingMethod, check_when, ste
 from resu_compile.sparsity import only_at, topk_mask
 
 if TYPE_CHECKING:
-    from resu_compile.training.sparse_training import SparseTraining as Run
+    from resu_compile.training.method_run import Run
 
 
 # -- one weight --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from resu_compile.methods.registry import register_method
 from resu_compile.methods.training_method import TrainingMethod, check_when, steps_of
 
 if TYPE_CHECKING:
-    from resu_compile.training.sparse_training import SparseTraining as Run
+    from resu_compile.training.method_run import Run
 
 
 @register_method("lottery")

@@ -9,7 +9,7 @@ from resu_compile.methods.registry import AnyMethod, get_method, register_method
 from resu_compile.methods.training_method import TrainingMethod
 
 if TYPE_CHECKING:
-    from resu_compile.training.sparse_training import SparseTraining as Run
+    from resu_compile.training.method_run import Run
 
 
 @register_method("resu")

@@ -14,7 +14,7 @@ from resu_compile.methods.drop_and_grow import DropAndGrow
 from resu_compile.methods.registry import register_method
 
 if TYPE_CHECKING:
-    from resu_compile.training.sparse_training import SparseTraining as Run
+    from resu_compile.training.method_run import Run
 
 CAP = 0.99  # of a weight's free places
 

@@ -15,7 +15,7 @@ from resu_compile.phase import Phase
 from resu_compile.sparsity import keep_count, topk_mask
 
 if TYPE_CHECKING:
-    from resu_compile.training.sparse_training import SparseTraining as Run
+    from resu_compile.training.method_run import Run
 
 
 @register_method("soft_shrinkage")

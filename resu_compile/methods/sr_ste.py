@@ -13,7 +13,7 @@ from resu_compile.methods.training_method import TrainingMethod
 from resu_compile.phase import Phase
 
 if TYPE_CHECKING:
-    from resu_compile.training.sparse_training import SparseTraining as Run
+    from resu_compile.training.method_run import Run
 
 REPORT_EVERY = 100  # steps: masks change every step
 

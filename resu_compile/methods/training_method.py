@@ -4,7 +4,7 @@
     before_step  between backward() and optimizer.step(); may take the place of the step
     after_step   after optimizer.step()
 
-The engine (``training/sparse_training.py``) calls these and gives the ``Run`` to work with. A
+The engine (``training/sparse_training.py``) calls these with the ``Run`` to work with. A
 method holds its settings only; what it has to remember goes into ``run.memory``, which checkpoints
 keep.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from resu_compile.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from resu_compile.training.sparse_training import SparseTraining as Run
+    from resu_compile.training.method_run import Run
 
 
 class TrainingMethod:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -27,10 +27,9 @@ from resu_compile.methods import (
     TrainingMethod,
     get_training_method,
     is_training_method,
-    training_method_names,
 )
-from resu_compile.methods.registry import name_of
 from resu_compile.training.densify import Densification, Pause
+from resu_compile.training.method_settings import settle_method
 from resu_compile.training.plan import build_plan, cycle_sparsities
 from resu_compile.training.schedules import Schedule, check_schedule
 from resu_compile.training.serialization import from_plain, read_data, to_plain, write_data
@@ -195,7 +194,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Check every field and that a plan can be made of them."""
-        self._settle_method()
+        settle_method(self)
         for name in ("steps", "cycles", "accumulate", "log_every"):
             check_integer(getattr(self, name), name=name, minimum=1)
         for name in ("warmup", "recovery", "initial_sparsity"):
@@ -255,49 +254,6 @@ class TrainingConfig:
         _check_flag(self.compile, "compile")
         if self.has_cycles:
             build_plan(self)
-
-    def _settle_method(self) -> None:
-        """A training method as name and options, if it is registered; its own axes by default."""
-        if not isinstance(self.method_options, Mapping):
-            raise ArgumentTypeError(
-                f"method_options: expected a mapping of settings, got {self.method_options!r}"
-            )
-        axes = {"scope": "layer", "distribution": "uniform"}
-        if is_training_method(self.method):
-            method = self.training_method()
-            axes = {"scope": method.scope, "distribution": method.distribution}
-            name = name_of(method)
-            if name is not None:
-                options = _changed(method)
-                object.__setattr__(self, "method", name)
-                object.__setattr__(self, "method_options", options)
-            self._check_no_cycles()
-        elif self.method_options:
-            raise ArgumentError(
-                f"method_options: expected none with method={self.method!r}, which is no training "
-                f"method ({', '.join(training_method_names())}), got {dict(self.method_options)}"
-            )
-        if self.scope is None:
-            scope = "layer" if self.pattern is not None else axes["scope"]
-            object.__setattr__(self, "scope", scope)
-        if self.distribution is None:
-            whole = self.scope == "global" or self.pattern is not None
-            object.__setattr__(self, "distribution", "uniform" if whole else axes["distribution"])
-
-    def _check_no_cycles(self) -> None:
-        """What only the cycles of RESU use has its default with another training method."""
-        if self.has_cycles:
-            return
-        for f in fields(self):
-            if f.name not in _OF_CYCLES:
-                continue
-            default = f.default if f.default_factory is MISSING else f.default_factory()
-            if getattr(self, f.name) != default:
-                raise ArgumentError(
-                    f"{f.name}: expected no value with method={self.method!r}, which has no "
-                    f"cycles and settings of its own in method_options, got "
-                    f"{getattr(self, f.name)!r}"
-                )
 
     @property
     def has_cycles(self) -> bool:
@@ -408,19 +364,6 @@ class TrainingConfig:
         return cls.from_dict(read_data(path))
 
 
-_OF_CYCLES = (
-    "warmup",
-    "recovery",
-    "cycles",
-    "cycle",
-    "initial_sparsity",
-    "schedule",
-    "resurrection",
-    "budget_start",
-    "budget_end",
-    "margin_end",
-    "densify",
-)
 _PARTS: dict[str, type[Any]] = {
     "cycle": CycleShares,
     "resurrection": ResurrectionConfig,
@@ -437,12 +380,6 @@ _DATA = (
     EarlyStop,
     CheckpointConfig,
 )
-
-
-def _changed(method: TrainingMethod) -> dict[str, Any]:
-    """The settings of ``method`` that differ from its defaults."""
-    values = {f.name: (f.default, getattr(method, f.name)) for f in fields(method)}  # type: ignore[arg-type]
-    return {name: value for name, (default, value) in values.items() if value != default}
 
 
 def _check_type(value: object, kind: type[Any], name: str) -> None:

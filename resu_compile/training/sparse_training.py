@@ -12,41 +12,30 @@ run.finish()
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from resu_compile.comparison import RowLayout, parse_pattern, pattern_mask
 from resu_compile.errors import ArgumentError, ArgumentTypeError
-from resu_compile.methods import TrainingMethod, is_calibrated
-from resu_compile.methods.criteria import Criterion, Places, scored
+from resu_compile.methods import TrainingMethod
 from resu_compile.methods.registry import name_of
 from resu_compile.phase import Phase, Routing
-from resu_compile.runtime import optimizer_hooks
-from resu_compile.runtime.allocation import new_masks
-from resu_compile.runtime.commit import pattern_layouts
-from resu_compile.runtime.commit_report import CommitReport, compare_masks
-from resu_compile.runtime.controller import Controller, find_controller
-from resu_compile.runtime.mask_history import MaskHistory
+from resu_compile.runtime.controller import find_controller
 from resu_compile.runtime.master_weights import MasterWeights
-from resu_compile.runtime.packed_masks import PackedMasks
 from resu_compile.training.attach import attach
 from resu_compile.training.config import TrainingConfig
-from resu_compile.training.cycle import Cycle, CycleEvent, CycleStats
+from resu_compile.training.cycle import CycleEvent, CycleStats
 from resu_compile.training.distributed import masks_of_first, plain_model
-from resu_compile.training.flops import ModelFlops, StepCosts
-from resu_compile.training.method_stats import MethodStats, UpdateStats
+from resu_compile.training.method_run import Run
+from resu_compile.training.method_stats import UpdateStats
 from resu_compile.training.plan import Span, Stage
 
 STATE_VERSION = 1
-BETAS = (0.9, 0.999)  # of the means of gradients: torch's Adam, and the usual momentum
 
 
-class SparseTraining:
+class SparseTraining(Run):
     """Runs the training method of ``config``; the loop stays the user's own.
 
     ``after_backward()`` comes after the backward pass (of the last batch of a step, with gradient
@@ -68,18 +57,7 @@ class SparseTraining:
         calibration: the same.
 
     Attributes:
-        model: the plain model.
-        config: as given.
-        method: the training method.
-        steps: optimizer steps of the whole run.
-        step: of these, how many are done.
-        updates: one ``UpdateStats`` for each change of masks that was reported.
-        memory: what the method has to remember: tensors and plain data.
-        master: the full values of weights that keep them where they are pruned; None without.
-        cycle: the phases of a RESU run; None for all other methods.
-        postponed: whether the last update was put off because a gradient had overflowed.
-        costs: what the steps have cost.
-        loss_scale: what the loss of this step was multiplied by.
+        method: the training method; those of ``Run`` besides.
     """
 
     def __init__(
@@ -97,47 +75,16 @@ class SparseTraining:
             raise ArgumentTypeError(
                 f"config: expected a TrainingConfig, got {type(config).__name__}"
             )
-        self.model = plain_model(model)
-        self.config = config
+        plain = plain_model(model)
+        super().__init__(
+            plain, config, on_event=on_event, on_pause=on_pause, calibration=calibration
+        )
         self.method: TrainingMethod = config.training_method()
-        self.steps = config.steps
-        self.step = 0
-        self.updates: list[UpdateStats] = []
-        self.memory: dict[str, Any] = {}
-        self.master: MasterWeights | None = None
-        self.cycle: Cycle | None = None
-        self.postponed = False
-        self.costs = StepCosts()
-        self.calibration = calibration
-        self.on_pause = on_pause
-        self._on_event = on_event
         self._started = False
-        self._seen_backward = False
-        self.loss_scale = 1.0
-        attach(self.model, config)
+        attach(plain, config)
         self.controller.agree = masks_of_first
 
     # -- where it is ---------------------------------------------------------------------------
-    @property
-    def controller(self) -> Controller:
-        """The model's controller.
-
-        Raises:
-            ArgumentError: it was released.
-        """
-        found = find_controller(self.model)
-        if found is None:
-            raise ArgumentError(
-                "run: expected its model to have a controller, but it was released; a finished "
-                "run cannot go on, build a new one"
-            )
-        return found
-
-    @property
-    def done(self) -> bool:
-        """True once all steps are done."""
-        return self.step >= self.steps
-
     @property
     def step_index(self) -> int:
         """``step``, by the name that it has in a ``Cycle``."""
@@ -158,11 +105,6 @@ class SparseTraining:
     def history(self) -> list[CycleStats]:
         """The cycles of a RESU run; empty for all other methods."""
         return [] if self.cycle is None else self.cycle.history
-
-    @property
-    def generator(self) -> torch.Generator:
-        """The controller's CPU generator."""
-        return self.controller.generator
 
     # -- going on ------------------------------------------------------------------------------
     def start(self) -> SparseTraining:
@@ -271,188 +213,6 @@ class SparseTraining:
         checks = [torch.isfinite(grad).all() for grad in grads if grad is not None]
         return all(bool(check) for check in checks)
 
-    # -- what methods work with ----------------------------------------------------------------
-    def places(self) -> Iterator[Places]:
-        """What a criterion may look at, of each weight; one after another."""
-        means, squares = self.memory.get("mean", {}), self.memory.get("square", {})
-        layouts = pattern_layouts(self.controller)
-        for name, weight in self.controller.weights.items():
-            parameter = weight.parameter
-            value = parameter.detach() if self.master is None else self.master.value(name)
-            gradient = parameter.grad
-            if gradient is None and self._seen_backward:
-                gradient = torch.zeros_like(value)
-            yield Places(
-                name,
-                value,
-                weight.mask,
-                self.generator,
-                None if gradient is None else gradient.detach(),
-                means.get(name),
-                squares.get(name),
-                partial(self._fill, layouts[name]) if layouts else None,
-            )
-
-    def _fill(self, layout: RowLayout, kept: Tensor, score: Tensor) -> Tensor:
-        """The mask with the ``kept`` places and the highest scores of each group that has room."""
-        pattern = self.controller.config.pattern
-        assert pattern is not None
-        return pattern_mask(score, layout, parse_pattern(pattern), kept, keep_lower=True)
-
-    def observe_gradients(self) -> None:
-        """Add the gradients of this step, and their squares, to their decaying means."""
-        for kind, beta in zip(("mean", "square"), BETAS, strict=True):
-            means = self.memory.setdefault(kind, {})
-            for places in self.places():
-                assert places.gradient is not None
-                wide = torch.promote_types(places.gradient.dtype, torch.float32)
-                value = places.gradient.to(wide) / self.loss_scale
-                value = value.square() if kind == "square" else value
-                known = means.get(places.name)
-                if known is None:
-                    means[places.name] = value * (1.0 - beta)
-                else:
-                    means[places.name] = known.to(value.device).lerp_(value, 1.0 - beta)
-
-    def set_gradient(self, name: str, gradient: Tensor) -> None:
-        """Let the optimizer step the weight ``name`` with ``gradient``."""
-        parameter = self.controller.weights[name].parameter
-        parameter.grad = gradient.to(parameter.dtype)
-
-    def reset_optimizer(self) -> None:
-        """Forget the state that the optimizers of the masked weights have of the model."""
-        weights = self.controller.weights.values()
-        optimizers = {id(o): o for weight in weights for o in optimizer_hooks.optimizers_of(weight)}
-        for optimizer in optimizers.values():
-            for parameter in self.model.parameters():
-                optimizer.state.pop(parameter, None)
-
-    # -- masks ---------------------------------------------------------------------------------
-    def prune(self, sparsity: float | None = None, *, method: Any = "magnitude") -> CommitReport:
-        """Prune as the config says; in the SPARSE phase active places come first.
-
-        Args:
-            sparsity: None is that of the config.
-            method: what ``sparsify`` takes as method.
-        """
-        config = self.config
-        target = config.sparsity if sparsity is None else sparsity
-        report = self.controller.prune(
-            target,
-            calibration=self.calibration if is_calibrated(method) else None,
-            pattern=config.pattern,
-            method=method,
-            scope=config.scope,
-            distribution=config.distribution,
-            min_density=config.min_density,
-            overrides={k: v * target / config.sparsity for k, v in config.overrides.items()},
-        )
-        if self.step == 0:
-            report = self._begin_history(report)
-        self.tell("prune", report)
-        return report
-
-    def _begin_history(self, report: CommitReport) -> CommitReport:
-        """Nothing was trained with the full mask that was before the first one."""
-        controller = self.controller
-        controller.history = MaskHistory()
-        for weight in controller.weights.values():
-            controller.history.record(weight)
-        rows = {name: replace(row, ever_active=row.active) for name, row in report.weights.items()}
-        return CommitReport(report.strategy, rows)
-
-    def prune_by(self, criterion: Criterion, sparsity: float | None = None) -> CommitReport:
-        """Prune as the config says, by a criterion of ``methods/criteria.py``.
-
-        Args:
-            criterion: may look at the gradients of this step.
-            sparsity: None is that of the config.
-        """
-        report = self.prune(sparsity, method=_Scores(criterion, self.places()))
-        controller = self.controller
-        controller.config = replace(controller.config, method="magnitude")  # scores are of now
-        return report
-
-    def chosen_masks(self) -> Mapping[str, Tensor]:
-        """The masks that the last ``prune`` would choose from the weights as they are now."""
-        controller = self.controller
-        return new_masks(controller.named_weights(), controller.config, controller.generator)
-
-    def remask(self, masks: Iterable[tuple[str, Tensor]], strategy: str) -> CommitReport:
-        """Make ``masks`` the masks, as ``Controller.remask`` does.
-
-        Args:
-            masks: name and bool mask of each weight; one after another, so that only their bits
-                are held together.
-            strategy: what the report calls it.
-        """
-        report = self.controller.remask(PackedMasks(masks), strategy)
-        self.tell("update", report)
-        return report
-
-    def keep_values(self) -> None:
-        """From now on pruned weights keep their values in ``master``."""
-        self.master = MasterWeights(self.controller)
-
-    def hide(self, masks: Iterable[tuple[str, Tensor]], strategy: str) -> CommitReport:
-        """``remask`` with values and optimizer state kept at pruned places.
-
-        Args:
-            masks: name and bool mask of each weight.
-            strategy: what the report calls it.
-        """
-        assert self.master is not None
-        controller = self.controller
-        before = PackedMasks(controller.masks.items())
-        chosen: Mapping[str, Tensor] = PackedMasks(masks)
-        if controller.agree is not None:
-            chosen = controller.agree(controller, chosen)
-        self.master.hide(chosen)
-        report = CommitReport(
-            strategy,
-            {
-                name: compare_masks(
-                    before[name], weight.mask, controller.history.ever_active(weight)
-                )
-                for name, weight in controller.weights.items()
-            },
-        )
-        self.tell("update", report)
-        return report
-
-    def drop_hidden(self) -> None:
-        """Values and optimizer state at pruned places are 0 from here on."""
-        if self.master is not None:
-            self.master.hide()
-            self.controller.remask(self.controller.masks)
-
-    def tell(self, kind: str, report: CommitReport) -> None:
-        """Note a change of masks, and tell of it."""
-        self.updates.append(UpdateStats.of(self.step, report))
-        if self._on_event is not None:
-            self._on_event(CycleEvent(kind, self.step, -1, report))
-
-    def tell_of_rewind(self, level: int) -> None:
-        """Tell that the weights went back to earlier values; ``level`` begins."""
-        if self._on_event is not None:
-            self._on_event(CycleEvent("rewind", self.step, level))
-
-    def hear(self, event: CycleEvent) -> None:
-        """Pass on what the cycle of a RESU run did."""
-        if event.report is not None:
-            self.updates.append(UpdateStats.of(event.step, event.report))
-        if self._on_event is not None:
-            self._on_event(event)
-
-    # -- what it did ---------------------------------------------------------------------------
-    def stats(self, flops: ModelFlops | None = None) -> MethodStats:
-        """Rs, churn, layer densities and relative costs so far.
-
-        Args:
-            flops: what ``count_flops(model, inputs)`` gave; None counts one product an entry.
-        """
-        return MethodStats.of(self.controller, self.updates, self.costs, flops)
-
     # -- state ---------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands, as plain data and tensors; all of it is a copy.
@@ -504,18 +264,6 @@ class SparseTraining:
             self.cycle.load_state_dict(state["cycle"])
         if self._started:
             self._prepare_step()
-
-
-class _Scores:
-    """A criterion in the form of a pruning method, which knows a weight by its memory."""
-
-    def __init__(self, criterion: Criterion, places: Iterable[Places]) -> None:
-        self._criterion = criterion
-        self._places = {item.weight.data_ptr(): item for item in places}
-
-    def score(self, weight: Tensor, generator: torch.Generator) -> Tensor:  # noqa: ARG002
-        """The criterion's score of ``weight``."""
-        return scored(self._criterion, self._places[weight.data_ptr()])
 
 
 def _copied(value: Any) -> Any:

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from resu_compile.errors import ArgumentError, ArgumentTypeError
 from resu_compile.methods import is_training_method
+from resu_compile.runtime.controller import find_controller
 from resu_compile.training.batches import Batches, BatchStream
 from resu_compile.training.callbacks import Callback, ProgressBar
 from resu_compile.training.config import TrainingConfig
@@ -219,7 +220,7 @@ class Trainer:
             self.save()
 
     def _log(self, loss: Tensor, span: Span, step: int) -> None:
-        controller = self.cycle.controller
+        controller = find_controller(self.model)
         self._writer.write(
             "step",
             step,
@@ -312,7 +313,7 @@ class Trainer:
             self._writer.write("stop", cycle.step_index, reason=reason)
             for callback in self.callbacks:
                 callback.on_stop(self, reason)
-        controller = cycle.controller
+        controller = find_controller(self.model)
         sparsity = 0.0 if controller is None else controller.sparsity
         method = None
         if self._method is not None and controller is not None:
@@ -335,7 +336,7 @@ class Trainer:
         Plain data and tensors. Take it between two steps. Of several ranks, each has random states
         and a position in the data of its own; ``save`` gathers them.
         """
-        controller = self.cycle.controller
+        controller = find_controller(self.model)
         batches = self._batches.state_dict() if self._batches is not None else None
         patience = self._patience
         return {
@@ -375,7 +376,7 @@ class Trainer:
         if (state["scheduler"] is None) != (self.scheduler is None):
             expected = "none" if state["scheduler"] is None else "one"
             raise ArgumentError(f"scheduler: expected {expected}, as in the saved run")
-        controller = self.cycle.controller
+        controller = find_controller(self.model)
         if controller is not None and state["controller"] is not None:
             controller.load_state_dict(state["controller"])
         self.cycle.load_state_dict(state["cycle"])
