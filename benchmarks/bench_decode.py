@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import gc
 import math
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 import resu_compile as resu
 from benchmarks.llama import MODELS, Decoder, build
-from benchmarks.results import Result
+from benchmarks.results import Result, command_of
 from resu_compile.config import DEFAULT_EXCLUDE
 from resu_compile.runtime.controller import find_controller
 
@@ -183,7 +182,7 @@ def size_bytes(model: nn.Module) -> int:
 
 
 # -- the table -------------------------------------------------------------------------------
-def table(cases: list[Case]) -> Result:
+def table(cases: list[Case], command: str) -> Result:
     """Measure every case; the dense one of a batch comes first and is what the others are to."""
     rows, records = [], []
     dense: dict[tuple[object, ...], Measured] = {}
@@ -220,9 +219,7 @@ def table(cases: list[Case]) -> Result:
     headers = ("model", "batch", "sparsity", "tokens/s", "ms a step", "host ms", "to dense")
     headers += ("masked weights", "all weights", "error", "ready s")
     title = f"Greedy decoding at position {cases[0].prompt}, {'bf16' if CUDA else 'fp32'}"
-    return Result(
-        title, f"python -m benchmarks.bench_decode {' '.join(sys.argv[1:])}", headers, rows, records
-    )
+    return Result(title, command, headers, rows, records)
 
 
 def _label(case: Case) -> str:
@@ -269,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.tiny:
         tiny = {"model": "tiny", "batch": [2], "sparsity": [0.7], "prompt": 16, "steps": 2}
         vars(args).update(tiny)
-    result = table(cases_of(args))
+    result = table(cases_of(args), command_of("bench_decode", argv))
     print(result.text())
     if args.json:
         result.save(args.json)

@@ -16,7 +16,6 @@ dense model; on the CPU it is not measured.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -24,14 +23,14 @@ import torch
 
 import resu_compile as resu
 from benchmarks.llama import MODELS, build
-from benchmarks.results import Result
+from benchmarks.results import Result, command_of
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 SPARSITY = 0.7
 
 
-def measure(name: str, layers: int | None, compiled: bool) -> Result:
+def measure(name: str, layers: int | None, compiled: bool, command: str) -> Result:
     """Build the dense model, then time what makes it ready."""
     torch.manual_seed(0)
     torch.zeros(1, device=DEVICE)  # the device itself is up
@@ -100,7 +99,6 @@ def measure(name: str, layers: int | None, compiled: bool) -> Result:
     ]
     size = "" if layers is None else f", {layers} layers"
     title = f"Loading {name}{size}, {SPARSITY:.0%} pruned by magnitude, {dense / 2**30:.2f} GiB"
-    command = " ".join(["python -m benchmarks.bench_loading", *sys.argv[1:]])
     return Result(title, command, ("step", "time", "peak memory to dense"), rows, [record])
 
 
@@ -129,7 +127,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="two small layers")
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args(argv)
-    result = measure("tiny" if args.tiny else args.model, args.layers, not args.no_compilation)
+    name = "tiny" if args.tiny else args.model
+    command = command_of("bench_loading", argv)
+    result = measure(name, args.layers, not args.no_compilation, command)
     print(result.text())
     if args.json:
         result.save(args.json)

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.results import Result
+from benchmarks.results import Result, command_of
 from resu_compile.comparison import RowLayout, row_mask
 from resu_compile.sparsity import keep_count, topk_mask
 
@@ -145,7 +144,11 @@ def _each(run: Callable[[Any], object], inputs: Sequence[Any], times: int) -> Ca
 
 
 def measure(
-    shapes: Sequence[tuple[int, int]], layers: int, repeats: int, dtype: torch.dtype
+    shapes: Sequence[tuple[int, int]],
+    layers: int,
+    repeats: int,
+    dtype: torch.dtype,
+    command: str,
 ) -> Result:
     """Time every way over ``layers`` layers of weights of ``shapes``."""
     weights = [torch.randn(shape, dtype=dtype, device=DEVICE) for shape in shapes]
@@ -181,7 +184,6 @@ def measure(
         f"{str(dtype).removeprefix('torch.')}"
     )
     headers = ("method", "way", "seconds", "selection", "to ours")
-    command = " ".join(["python -m benchmarks.bench_pruning", *sys.argv[1:]])
     return Result(title, command, headers, rows, records)
 
 
@@ -195,7 +197,8 @@ def main(argv: list[str] | None = None) -> None:
     shapes, dtype = (LAYER, torch.bfloat16) if CUDA and not args.tiny else (TINY, torch.float32)
     if args.tiny:
         args.layers, args.repeats = 2, 1
-    result = measure(shapes, args.layers, args.repeats, dtype)
+    command = command_of("bench_pruning", argv)
+    result = measure(shapes, args.layers, args.repeats, dtype, command)
     print(result.text())
     if args.json:
         result.save(args.json)

@@ -11,6 +11,8 @@ The tables of docs/performance.md are made from such files and from nothing else
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,6 +89,20 @@ class Result:
         records = ",\n  ".join(json.dumps(dict(record)) for record in self.records)
         text = f'{head},\n "rows": [\n  {rows}\n ],\n "records": [\n  {records}\n ]\n}}\n'
         path.write_text(text, encoding="utf-8")
+
+
+def command_of(module: str, argv: Sequence[str] | None) -> str:
+    """The command line of a benchmark, without where its result goes.
+
+    Args:
+        module: its name in this package.
+        argv: its arguments; None takes those of this process.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    if "--json" in given:
+        place = given.index("--json")
+        del given[place : place + 2]
+    return shlex.join(["python", "-m", f"benchmarks.{module}", *given])
 
 
 def _cell(value: object) -> str:

@@ -20,6 +20,7 @@ def test_decoding(tmp_path):
     from benchmarks.bench_decode import main
 
     found = run(main, tmp_path / "decode.json", "--threshold", "0.5", "--head")
+    assert found.command == "python -m benchmarks.bench_decode --tiny --threshold 0.5 --head"
     dense, sparse = found.records
     assert (dense["sparsity"], sparse["sparsity"]) == (None, 0.7)
     assert dense["all_bytes"] == dense["all_dense_bytes"]
