@@ -171,6 +171,7 @@ class Run:
         """
         config = self.config
         target = config.sparsity if sparsity is None else sparsity
+        share = target / config.sparsity if config.sparsity else 1.0
         report = self.controller.prune(
             target,
             calibration=self.calibration if is_calibrated(method) else None,
@@ -179,7 +180,7 @@ class Run:
             scope=config.scope,
             distribution=config.distribution,
             min_density=config.min_density,
-            overrides={k: v * target / config.sparsity for k, v in config.overrides.items()},
+            overrides={name: value * share for name, value in config.overrides.items()},
         )
         if self.step == 0:
             report = self._begin_history(report)

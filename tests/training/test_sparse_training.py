@@ -181,6 +181,19 @@ def test_a_model_that_was_sparsified_keeps_its_targets():
     assert run.controller.sparsity == 0.75
 
 
+@pytest.mark.parametrize("name", ["set", "gmp", "acdc", "mest"])
+def test_overrides_hold_at_the_end(name):
+    run, optimizer = build(name, overrides={"2.weight": 0.5})
+    drive(run, optimizer).finish()
+    assert run.controller.weights["2.weight"].nnz == 32
+    assert run.controller.weights["0.weight"].nnz == 32
+
+
+def test_the_first_layer_stays_dense_where_it_is_excluded():
+    run = drive(make_run("rigl", options={"every": 3}, exclude="0.weight", distribution="uniform"))
+    assert list(run.controller.weights) == ["2.weight"]
+
+
 class Scaled:
     """As much of a GradScaler as it takes: the loss is scaled, some steps overflow."""
 
