@@ -293,7 +293,6 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THRE
     while (next_segment >= count) next_segment -= count, next_strip += stride * 4;
   };
   const bool first_copies = lane < SLOTS && lane < copies;
-  if (first_copies) find();
   if (lane == 0) {
     for (int i = 0; i < SLOTS; i++) barrier_init(bars + 8 * i);
     if ((warp & 3) == 0) {
@@ -315,6 +314,7 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THRE
   // All that the kernels before have written may be read from here on; the next kernel may start
   // where a block of this one has ended.
   asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+  if (first_copies) find();
   // x goes first: behind the weight of all blocks it would come microseconds later
   const bool stays = count <= args.held_segments;
   if (stays) load_x(args, x_base, row0, first * SEGMENT, count);
