@@ -1,18 +1,20 @@
 // Linear layer on a weight packed by rows (row_weight.py), for few rows of x.
 //
 // A block owns a run of rows of the weight and keeps RM rows of x in shared memory. Its groups are
-// dealt to its warps in equal contiguous parts, whatever the rows: lane l of a warp takes the groups
-// l, 32 + l, ... of the part and sums them up until its row ends. Then its sums go to a place in
-// shared memory of their own, (row + warp, lane): while either number grows the other does not
-// fall, so no two meet. In the end 8 lanes add up the places of a row, always in the same order.
+// dealt to its warps in equal contiguous parts, whatever the rows. Lane l takes the groups l, 32 + l,
+// ... of the part, asked for ahead, and sums them up until its row ends. Then its sums go to a place
+// of their own, (row + warp, lane): while either number grows the other does not fall, so no two
+// meet. In the end 8 lanes add up the places of a row, always in the same order.
 //
 // Column c of x lies in shared memory at 128 (c % q) + E (c / q), where E is the size of its RM
 // values and q a power of two that is at least K E / 128: lanes that read columns q apart find
 // different banks.
 //
 // Defined by the including source: X_KIND and W_KIND, the dtypes of x and of the weight (0 fp32,
-// 1 fp16, 2 bf16); RM, rows of x, 1, 2, 4 or 8; GAP_BITS, 4 or 8; WIDE_BASE, base columns of 32
-// bits; STAGED, x in shared memory, else it is read where it is; MAX_THREADS.
+// 1 fp16, 2 bf16); RM, rows of x, 1, 2, 4 or 8; RAW_ROWS, how many of them are brought at once;
+// GAP_BITS, 4 or 8; WIDE_BASE, base columns of 32 bits; STAGED, x in shared memory, else it is read
+// where it is; RING, each warp has slots in shared memory that bulk copies fill ahead (9.0 and up),
+// else the next group is on its way to registers; MAX_THREADS.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -25,6 +27,7 @@ struct Args {
   const void* base;    // [chunk][32]
   const int* ends;     // (blocks, room)
   const int* first;    // (blocks + 1)
+  const int* lead;     // (blocks, chunks): row of the run that the chunk begins with
   const void* bias;    // (N) of the dtype of x, or null
   void* y;             // (M, N)
   u32 rows, out_features, in_features;
@@ -34,6 +37,8 @@ struct Args {
   u32 room;            // rows of a block at most
   u32 log_q;
   u32 activation;      // position in ACTIVATIONS
+  u32 slots;           // of a warp's ring, 0 without
+  u32 ends_at, sums_at, ring_at, barriers_at;  // bytes from the start of shared memory
 };
 
 #define WARP 32
@@ -41,12 +46,12 @@ struct Args {
 constexpr int X_BYTES = X_KIND == 0 ? 4 : 2;
 constexpr int W_BYTES = W_KIND == 0 ? 4 : 2;
 constexpr int BASE_BYTES = WIDE_BASE ? 4 : 2;
-constexpr int DEPTH = 2;                  // groups of a lane on their way
 constexpr int VECTORS = W_BYTES;          // of 16 bytes, for the 16 values of a group
 constexpr bool WIDE_X = X_KIND == 0 || RM == 1;  // kept as fp32 in shared memory
 constexpr int CELL = RM * (WIDE_X ? 4 : 2);      // bytes of a column of x: E above
 constexpr int BANKS = 128 / CELL;
-constexpr int STRIDE = RM <= 2 ? 40 : 32;  // places of a row and warp: 4 rows in different banks
+constexpr u32 VAL_CHUNK = VECTORS * WARP * 16, GAP_CHUNK = WARP * 2 * GAP_BITS;  // bytes
+constexpr u32 BASE_CHUNK = WARP * BASE_BYTES, SLOT = VAL_CHUNK + GAP_CHUNK + BASE_CHUNK;
 
 __device__ __forceinline__ float from_half(u32 bits) {
   float y;
@@ -110,43 +115,106 @@ struct Group {
   u32 base;
 };
 
-__device__ __forceinline__ uint4 stream16(const uint4* p) {
+#if RING
+template <typename T>
+__device__ __forceinline__ T read(const T* p) {
+  return *p;
+}
+#else  // from memory, once
+__device__ __forceinline__ uint4 read(const uint4* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
   return v;
 }
 
-__device__ __forceinline__ void load(Group& g, const Args& a, u32 chunk) {
+__device__ __forceinline__ uint2 read(const uint2* p) {
+  uint2 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+
+template <typename T>
+__device__ __forceinline__ T read(const T* p) {
+  return __ldg(p);
+}
+#endif
+
+// A lane's group of a chunk.
+__device__ __forceinline__ void load(Group& g, const void* val, const void* gap, const void* base) {
   const u32 lane = threadIdx.x & (WARP - 1);
 #pragma unroll
-  for (int v = 0; v < VECTORS; ++v)
-    g.val[v] = stream16(a.val + ((u64)chunk * VECTORS + v) * WARP + lane);
-  const u64 group = (u64)chunk * WARP + lane;
+  for (int v = 0; v < VECTORS; ++v) g.val[v] = read((const uint4*)val + v * WARP + lane);
 #if GAP_BITS == 8
-  const uint4 gap = stream16((const uint4*)a.gap + group);
-  g.gap[0] = gap.x, g.gap[1] = gap.y, g.gap[2] = gap.z, g.gap[3] = gap.w;
+  const uint4 w = read((const uint4*)gap + lane);
+  g.gap[0] = w.x, g.gap[1] = w.y, g.gap[2] = w.z, g.gap[3] = w.w;
 #else
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-               : "=r"(g.gap[0]), "=r"(g.gap[1]) : "l"((const uint2*)a.gap + group));
+  const uint2 w = read((const uint2*)gap + lane);
+  g.gap[0] = w.x, g.gap[1] = w.y;
 #endif
 #if WIDE_BASE
-  g.base = __ldg((const u32*)a.base + group);
+  g.base = read((const u32*)base + lane);
 #else
-  g.base = __ldg((const u16*)a.base + group);
+  g.base = read((const u16*)base + lane);
 #endif
 }
 
-__device__ __forceinline__ void prefetch(const void* p, u32 bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes));
+__device__ __forceinline__ void load(Group& g, const Args& a, u32 chunk) {
+  load(g, (const unsigned char*)a.val + (u64)chunk * VAL_CHUNK,
+       (const unsigned char*)a.gap + (u64)chunk * GAP_CHUNK,
+       (const unsigned char*)a.base + (u64)chunk * BASE_CHUNK);
 }
 
-__device__ __forceinline__ void clear(Group& g) {
-#pragma unroll
-  for (int v = 0; v < VECTORS; ++v) g.val[v] = make_uint4(0u, 0u, 0u, 0u);
-#pragma unroll
-  for (int v = 0; v < GAP_BITS / 2; ++v) g.gap[v] = 0u;
-  g.base = 0u;
+__device__ __forceinline__ u32 address(const void* p) {
+  return (u32)__cvta_generic_to_shared(p);
+}
+
+#if RING
+__device__ __forceinline__ void bulk(unsigned char* to, const void* from, u64 at, u32 bytes,
+                                     u64* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(address(to)), "l"((const unsigned char*)from + at), "r"(bytes), "r"(address(barrier))
+      : "memory");
+}
+
+// Fill a slot, by one lane; the barrier's phase ends when all is there.
+__device__ __forceinline__ void request(const Args& a, unsigned char* slot, u64* barrier,
+                                        u32 chunk) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)),
+               "r"(SLOT) : "memory");
+  bulk(slot, a.val, (u64)chunk * VAL_CHUNK, VAL_CHUNK, barrier);
+  bulk(slot + VAL_CHUNK, a.gap, (u64)chunk * GAP_CHUNK, GAP_CHUNK, barrier);
+  bulk(slot + VAL_CHUNK + GAP_CHUNK, a.base, (u64)chunk * BASE_CHUNK, BASE_CHUNK, barrier);
+}
+
+__device__ __forceinline__ void await(u64* barrier, u32 parity) {
+  u32 done;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, p; }" : "=r"(done) : "r"(address(barrier)), "r"(parity)
+                 : "memory");
+  } while (!done);
+}
+
+#endif
+
+// Bring the first lines of a part of the weight to L2.
+__device__ __forceinline__ void prefetch(const Args& a, u32 chunk, u32 count) {
+  constexpr u32 VAL_LINES = VAL_CHUNK / 128, GAP_LINES = GAP_CHUNK / 128;
+  const u32 lane = threadIdx.x & (WARP - 1);
+  for (u32 line = lane; line < count * (VAL_LINES + GAP_LINES + 1); line += WARP) {
+    const unsigned char* p;
+    if (line < count * VAL_LINES)
+      p = (const unsigned char*)a.val + (u64)chunk * VAL_CHUNK + line * 128;
+    else if (line < count * (VAL_LINES + GAP_LINES))
+      p = (const unsigned char*)a.gap + (u64)chunk * GAP_CHUNK + (line - count * VAL_LINES) * 128;
+    else
+      p = (const unsigned char*)a.base +
+          (u64)(chunk + line - count * (VAL_LINES + GAP_LINES)) * BASE_CHUNK;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+  }
 }
 
 __device__ __forceinline__ u32 dot4(u32 bytes, u32 factors, u32 sum) {
@@ -165,7 +233,7 @@ __device__ __forceinline__ u32 dot4(u32 bytes, u32 factors, u32 sum) {
 template <int BYTES>
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(
-                   (u32)__cvta_generic_to_shared(to)), "l"(from), "n"(BYTES) : "memory");
+                   address(to)), "l"(from), "n"(BYTES) : "memory");
 }
 
 struct Place {
@@ -258,70 +326,68 @@ __device__ __forceinline__ void add_group(float (&acc)[RM], const Place& p, cons
 }
 
 // -- x into shared memory --------------------------------------------------------------------
-__device__ __forceinline__ void put(unsigned char* cell, const u32 (&bits)[RM]) {
-  u32 words[CELL / 4];
-  if (WIDE_X) {
+#if STAGED
+// ROWS values of a column, from bits that stand one in each word.
+template <int ROWS>
+__device__ __forceinline__ void put(unsigned char* cell, const u32 (&bits)[ROWS]) {
+  constexpr int WORDS = WIDE_X ? ROWS : (ROWS + 1) / 2;
+  u32 words[WORDS];
 #pragma unroll
-    for (int m = 0; m < RM; ++m)
-      words[m % (CELL / 4)] = X_KIND == 0 ? bits[m] : __float_as_uint(from_pair<X_KIND, 0>(bits[m]));
-  } else {
-#pragma unroll
-    for (int m = 0; m < RM / 2; ++m)
-      words[m % (CELL / 4)] = bits[2 * m] | bits[(2 * m + 1) % RM] << 16;
-  }
-  if (CELL == 4) *(u32*)cell = words[0];
-  if (CELL == 8) *(uint2*)cell = make_uint2(words[0], words[1 % (CELL / 4)]);
-#pragma unroll
-  for (int i = 0; i < CELL / 16; ++i)
-    ((uint4*)cell)[i] = make_uint4(words[4 * i], words[(4 * i + 1) % (CELL / 4)],
-                                   words[(4 * i + 2) % (CELL / 4)], words[(4 * i + 3) % (CELL / 4)]);
+  for (int i = 0; i < WORDS; ++i)
+    words[i] = X_KIND == 0 ? bits[i]
+               : WIDE_X    ? __float_as_uint(from_pair<X_KIND, 0>(bits[i]))
+                           : bits[2 * i % ROWS] | bits[(2 * i + 1) % ROWS] << 16;
+  if (WORDS == 1 && (WIDE_X || ROWS == 2)) *(u32*)cell = words[0];
+  if (ROWS == 1 && !WIDE_X) *(u16*)cell = (u16)bits[0];
+  if (WORDS == 2) *(uint2*)cell = make_uint2(words[0], words[1 % WORDS]);
+  if (WORDS == 4)
+    *(uint4*)cell = make_uint4(words[0], words[1 % WORDS], words[2 % WORDS], words[3 % WORDS]);
 }
 
-#if STAGED
-// Ask for the rows of x, in pieces of what one bank will hold, 16 bytes apart so that lanes that
-// read different pieces find different banks.
-__device__ __forceinline__ void fetch(unsigned char* raw, const Place& p, u32 log_q) {
+// Ask for rows of x, in pieces of what one bank will hold, 16 bytes apart so that lanes that read
+// different pieces find different banks.
+__device__ __forceinline__ void fetch(unsigned char* raw, const Place& p, u32 log_q, u32 m0) {
   constexpr u32 SPAN = 16 / X_BYTES;
   const u32 q = 1u << log_q, pitch = q * X_BYTES + 16, k = p.in_features;
 #pragma unroll
-  for (int m = 0; m < RM; ++m) {
-    if (m >= p.rows) break;
-    for (u32 column = threadIdx.x * SPAN; column < k; column += blockDim.x * SPAN) {
-      unsigned char* to = raw + (m * BANKS + (column >> log_q)) * pitch + (column & (q - 1)) * X_BYTES;
-      copy_async<16>(to, (const unsigned char*)p.global + ((u64)m * k + column) * X_BYTES);
-    }
+  for (u32 m = 0; m < RAW_ROWS; ++m) {
+    if (m0 + m >= p.rows) break;
+    const unsigned char* row = (const unsigned char*)p.global + (u64)(m0 + m) * k * X_BYTES;
+    for (u32 column = threadIdx.x * SPAN; column < k; column += blockDim.x * SPAN)
+      copy_async<16>(
+          raw + (m * BANKS + (column >> log_q)) * pitch + (column & (q - 1)) * X_BYTES,
+          row + column * X_BYTES);
   }
 }
 
 // From the pieces to the cells; lane after lane takes another bank.
-__device__ __forceinline__ void transpose(unsigned char* shared, const unsigned char* raw,
-                                          const Place& p, u32 q) {
+__device__ __forceinline__ void transpose(unsigned char* cells, const unsigned char* raw,
+                                          const Place& p, u32 q, u32 m0) {
   constexpr u32 SPAN = 16 / X_BYTES;
   const u32 pitch = q * X_BYTES + 16;
   for (u32 task = threadIdx.x; task < BANKS * (q / SPAN); task += blockDim.x) {
     const u32 row = task / BANKS * SPAN, bank = task % BANKS;
     if (bank * q + row >= p.in_features) continue;
-    uint4 v[RM];
+    u32 w[RAW_ROWS][4];
 #pragma unroll
-    for (int m = 0; m < RM; ++m) {
-      v[m] = make_uint4(0u, 0u, 0u, 0u);
-      if (m < p.rows) v[m] = *(const uint4*)(raw + (m * BANKS + bank) * pitch + row * X_BYTES);
+    for (u32 m = 0; m < RAW_ROWS; ++m) {
+      uint4 v = make_uint4(0u, 0u, 0u, 0u);
+      if (m0 + m < p.rows) v = *(const uint4*)(raw + (m * BANKS + bank) * pitch + row * X_BYTES);
+      w[m][0] = v.x, w[m][1] = v.y, w[m][2] = v.z, w[m][3] = v.w;
     }
 #pragma unroll
-    for (int j = 0; j < SPAN; ++j) {
-      u32 bits[RM];
+    for (u32 j = 0; j < SPAN; ++j) {
+      u32 bits[RAW_ROWS];
 #pragma unroll
-      for (int m = 0; m < RM; ++m) {
-        const u32 w[4] = {v[m].x, v[m].y, v[m].z, v[m].w};
-        bits[m] = X_BYTES == 4 ? w[j % 4] : w[j / 2 % 4] >> (j & 1) * 16 & 0xffffu;
-      }
-      put(shared + (row + j) * 128u + bank * CELL, bits);
+      for (int m = 0; m < RAW_ROWS; ++m)
+        bits[m] = X_BYTES == 4 ? w[m][j % 4] : w[m][j / 2 % 4] >> (j & 1) * 16 & 0xffffu;
+      put<RAW_ROWS>(cells + (row + j) * 128u + bank * CELL + m0 * (CELL / RM), bits);
     }
   }
 }
 
 // The same column by column, for rows of x that do not start at multiples of 16 bytes.
-__device__ __forceinline__ void stage(unsigned char* shared, const Place& p, u32 q) {
+__device__ __forceinline__ void stage(unsigned char* cells, const Place& p, u32 q) {
   for (u32 task = threadIdx.x; task < BANKS * q; task += blockDim.x) {
     const u32 row = task / BANKS, bank = task % BANKS, column = bank * q + row;
     if (column >= p.in_features) continue;
@@ -329,7 +395,7 @@ __device__ __forceinline__ void stage(unsigned char* shared, const Place& p, u32
 #pragma unroll
     for (int m = 0; m < RM; ++m)
       bits[m] = m < p.rows ? bits_x(p.global, (u64)m * p.in_features + column) : 0u;
-    put(shared + row * 128u + bank * CELL, bits);
+    put<RM>(cells + row * 128u + bank * CELL, bits);
   }
 }
 #endif
@@ -350,22 +416,6 @@ __device__ __forceinline__ void put_sums(float* sums, u32 place, float (&acc)[RM
   for (int m = 0; m < RM; ++m) acc[m] = 0.0f;
 }
 
-__device__ __forceinline__ void add_sums(float (&acc)[RM], const float* sums, u32 place) {
-  if (RM == 1) {
-    acc[0] += sums[place];
-  } else if (RM == 2) {
-    const float2 v = ((const float2*)sums)[place];
-    acc[0] += v.x, acc[1 % RM] += v.y;
-  } else {
-#pragma unroll
-    for (int i = 0; i < RM / 4; ++i) {
-      const float4 v = ((const float4*)sums)[place * (RM / 4) + i];
-      acc[4 * i] += v.x, acc[(4 * i + 1) % RM] += v.y;
-      acc[(4 * i + 2) % RM] += v.z, acc[(4 * i + 3) % RM] += v.w;
-    }
-  }
-}
-
 __device__ __forceinline__ float activate(float v, u32 activation) {
   switch (activation) {
     case 1: return v < 0.0f ? 0.0f : v;  // NaN stays
@@ -376,123 +426,151 @@ __device__ __forceinline__ float activate(float v, u32 activation) {
   }
 }
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS) row_linear(Args a) {
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) row_linear(Args a) {
   extern __shared__ __align__(128) unsigned char shared[];
   const u32 lane = threadIdx.x & (WARP - 1), warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-  const u32 block = blockIdx.x;
-  const u32 x_bytes = STAGED ? 128u << a.log_q : 0u;
-  int* ends = (int*)(shared + x_bytes);
-  unsigned char* raw = shared + x_bytes + (a.room * 4 / 128 + 1) * 128;  // of x as it comes, then
-  float* sums = (float*)raw;                                             // partial sums
-
+  const u32 block = blockIdx.x, tile = blockIdx.y * RM;
+  int* ends = (int*)(shared + a.ends_at);
+  unsigned char* raw = shared + a.sums_at;  // x as it comes, then the partial sums
+  float* sums = (float*)raw;
+  const u32 own = warp * a.steps < a.chunks ? min(a.steps, a.chunks - warp * a.steps) : 0u;
+  u32 chunk = block * a.chunks + warp * a.steps;
+#if RING
+  unsigned char* ring = shared + a.ring_at + warp * a.slots * SLOT;
+  u64* barriers = (u64*)(shared + a.barriers_at) + warp * a.slots;
+  if (lane < a.slots)
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(barriers + lane)) : "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
 #if __CUDA_ARCH__ >= 900
   // Bring the beginning of the weight nearer before the results of the kernel before are awaited;
   // it is read afterwards, since that kernel may have written it.
-  if (lane == 0 && warp * a.steps < a.chunks) {
-    const u64 begin = block * a.chunks + warp * a.steps;
-    const u32 count = min(2u, min(a.steps, a.chunks - warp * a.steps)) * WARP;
-    prefetch((const unsigned char*)a.val + begin * (VECTORS * WARP * 16), count * VECTORS * 16);
-    prefetch((const unsigned char*)a.gap + begin * (WARP * 2 * GAP_BITS), count * 2 * GAP_BITS);
-    prefetch((const unsigned char*)a.base + begin * (WARP * BASE_BYTES), count * BASE_BYTES);
-  }
+  prefetch(a, chunk, min(own, 2u));
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 
-  // x first, or it would come behind all that is asked for of the weight
+  // x is asked for first, or it would come behind all that is asked for of the weight
   Place place;
-  const u32 tile = blockIdx.y * RM;
   place.x = shared;
   place.global = (const unsigned char*)a.x + (u64)tile * a.in_features * X_BYTES;
   place.shift = 7 + a.log_q;
   place.back = CELL - (128u << a.log_q);
   place.in_features = a.in_features;
   place.rows = min(RM, a.rows - tile);
-  const bool wide = a.log_q >= 3 && a.in_features * X_BYTES % 16 == 0 && (u64)a.x % 16 == 0;
 #if STAGED
-  if (wide) fetch(raw, place, a.log_q);
+  const bool wide = a.log_q >= 3 && a.in_features * X_BYTES % 16 == 0 && (u64)a.x % 16 == 0;
+  if (wide) fetch(raw, place, a.log_q, 0);
 #endif
   for (u32 r = threadIdx.x; r < a.room; r += blockDim.x)
     copy_async<4>(ends + r, a.ends + block * a.room + r);
   if (threadIdx.x == 0) ends[a.room] = 0x7fffffff;
-
-  u32 chunk = block * a.chunks + warp * a.steps;
-  const u32 own_end = min(chunk + a.steps, (block + 1) * a.chunks);
-  Group buffer[DEPTH];
-#pragma unroll
-  for (int d = 0; d < DEPTH; ++d)
-    if (chunk + d < own_end) load(buffer[d], a, chunk + d); else clear(buffer[d]);
+  Group now;
+#if RING
+  __syncwarp();
+  if (lane == 0)
+    for (u32 s = 0; s < min(a.slots, own); ++s) request(a, ring + s * SLOT, barriers + s, chunk + s);
+#else
+  Group next;
+  if (own) load(now, a, chunk);
+#endif
+  u32 row = own ? a.lead[chunk] : a.room;
+  const u32 behind = (warp + 1) * a.steps < a.chunks ? a.lead[chunk + a.steps] : a.room;
   const u32 first = a.first[block], rows = a.first[block + 1] - first;
 
-  asm volatile("cp.async.wait_all;" ::: "memory");
 #if STAGED
   if (wide) {
-    __syncthreads();
-    transpose(shared, raw, place, 1u << a.log_q);
+#pragma unroll
+    for (int m0 = 0; m0 < RM; m0 += RAW_ROWS) {
+      if (m0) fetch(raw, place, a.log_q, m0);
+      asm volatile("cp.async.wait_all;" ::: "memory");
+      __syncthreads();
+      transpose(shared, raw, place, 1u << a.log_q, m0);
+      if (m0 + RAW_ROWS < RM) __syncthreads();
+    }
   } else {
     stage(shared, place, 1u << a.log_q);
   }
 #endif
+  asm volatile("cp.async.wait_all;" ::: "memory");
   __syncthreads();
 
-  // the row of the lane's first group: the first that ends after it
-  int group = warp * a.steps * WARP;
-  u32 row = 0;
-  for (u32 r = lane; r < a.room; r += WARP) row += ends[r] <= group;
-  row = __reduce_add_sync(ALL, row);
-  group += lane;
-  int row_end = ends[row];
+#if !RING
+  if (own > 1) load(next, a, chunk + 1);
+#endif
+  // no sums yet in the places of this warp: from its first row to that of the next warp
+  for (u32 i = (row + warp) * (WARP * RM / 4) + lane; i < (behind + warp + 1) * (WARP * RM / 4);
+       i += WARP)
+    ((float4*)sums)[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  __syncwarp();
+  int group = warp * a.steps * WARP + lane, row_end = ends[row];
   while (group >= row_end) row_end = ends[++row];
   float acc[RM];
 #pragma unroll
   for (int m = 0; m < RM; ++m) acc[m] = 0.0f;
-  for (; chunk < own_end; chunk += DEPTH) {
-#pragma unroll
-    for (int d = 0; d < DEPTH; ++d) {
-      if (d && chunk + d >= own_end) break;
-      if (group >= row_end) {
-        put_sums(sums, (row + warp) * STRIDE + lane, acc);
-        do row_end = ends[++row]; while (group >= row_end);
-      }
-      add_group(acc, place, buffer[d]);
-      if (chunk + d + DEPTH < own_end) load(buffer[d], a, chunk + d + DEPTH);
-      group += WARP;
+#if RING
+  u32 slot = 0, parity = 0;
+#endif
+  for (u32 s = 0; s < own; ++s) {
+#if RING
+    const unsigned char* from = ring + slot * SLOT;
+    await(barriers + slot, parity);
+    load(now, from, from + VAL_CHUNK, from + VAL_CHUNK + GAP_CHUNK);
+    __syncwarp();
+    if (lane == 0 && s + a.slots < own)
+      request(a, ring + slot * SLOT, barriers + slot, chunk + s + a.slots);
+    if (++slot == a.slots) slot = 0, parity ^= 1;
+#else
+    if (s) {
+      now = next;
+      if (s + 1 < own) load(next, a, chunk + s + 1);
     }
+#endif
+    if (group >= row_end) {
+      put_sums(sums, (row + warp) * WARP + lane, acc);
+      do row_end = ends[++row]; while (group >= row_end);
+    }
+    add_group(acc, place, now);
+    group += WARP;
   }
-  put_sums(sums, (row + warp) * STRIDE + lane, acc);
+  if (own) put_sums(sums, (row + warp) * WARP + lane, acc);
   __syncthreads();
 
-  // 8 lanes a row
+  // 8 lanes a row, each 4 of every 32 sums
   const u32 part = a.steps * WARP, sub = lane & 7;
   for (u32 r0 = warp * 4; r0 < rows; r0 += warps * 4) {
     const u32 r = r0 + lane / 8;
     const u32 begin = r == 0 || r >= rows ? 0 : ends[r - 1], end = r < rows ? ends[r] : 0;
-#pragma unroll
-    for (int m = 0; m < RM; ++m) acc[m] = 0.0f;
+    float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     // the warp of the first group: a division by steps
     u32 w = a.steps == 1 ? begin / WARP : __umulhi(begin / WARP, a.inverse);
     for (u32 from = begin; from < end; from = ++w * part) {
-      const u32 count = min(end, (w + 1) * part) - from;
 #pragma unroll
-      for (u32 l = sub; l < WARP; l += 8)
-        if (((l - from) & (WARP - 1)) < count) add_sums(acc, sums, (r + w) * STRIDE + l);
+      for (int i = 0; i < RM; ++i) {
+        const float4 t = ((const float4*)sums)[(r + w) * (WARP * RM / 4) + i * 8 + sub];
+        v.x += t.x, v.y += t.y, v.z += t.z, v.w += t.w;
+      }
     }
-    float own = 0.0f;
+    // value e of a vector belongs to row e % RM of x; for 8 rows even lanes have 0 to 3
+    if (RM == 1) v.x = v.x + v.y + (v.z + v.w);
+    if (RM == 2) v.x += v.z, v.y += v.w;
 #pragma unroll
-    for (int m = 0; m < RM; ++m) {
-#pragma unroll
-      for (int s = 1; s < 8; s *= 2) acc[m] += __shfl_xor_sync(ALL, acc[m], s);
-      if (m == sub) own = acc[m];
+    for (int d = RM == 8 ? 2 : 1; d < 8; d *= 2) {
+      v.x += __shfl_xor_sync(ALL, v.x, d);
+      if (RM >= 2) v.y += __shfl_xor_sync(ALL, v.y, d);
+      if (RM >= 4) v.z += __shfl_xor_sync(ALL, v.z, d), v.w += __shfl_xor_sync(ALL, v.w, d);
     }
-    if (r < rows && sub < place.rows) {
+    const u32 e = RM == 8 ? sub >> 1 : sub, m = RM == 8 ? (sub & 1) * 4 + e : sub;
+    float y = e == 0 ? v.x : e == 1 ? v.y : e == 2 ? v.z : v.w;
+    if (r < rows && m < place.rows) {
       const u32 n = first + r;
-      if (a.bias) own += load_x(a.bias, n);
-      own = activate(own, a.activation);
-      const u64 at = (u64)(tile + sub) * a.out_features + n;
+      if (a.bias) y += load_x(a.bias, n);
+      y = activate(y, a.activation);
+      const u64 at = (u64)(tile + m) * a.out_features + n;
 #if X_KIND == 0
-      ((float*)a.y)[at] = own;
+      ((float*)a.y)[at] = y;
 #else
-      ((u16*)a.y)[at] = to_x(own);
+      ((u16*)a.y)[at] = to_x(y);
 #endif
     }
   }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ from resu_compile.kernels.row_weight import CHUNK, GROUP, RowWeight, unpack_rows
 
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # X_KIND and W_KIND
 WARP = 32
+RING = False  # groups come by bulk copies into shared memory, not by loads into registers
+MAX_SLOTS = 8  # of a warp: some 12 KB on their way
 
 
 # -- reference -------------------------------------------------------------------------------
@@ -44,10 +47,11 @@ class _Args(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "val", "gap", "base", "ends", "first")),
-        *((name, ctypes.c_void_p) for name in ("bias", "y")),
+        *((name, ctypes.c_void_p) for name in ("lead", "bias", "y")),
         *((name, ctypes.c_uint32) for name in ("rows", "out_features", "in_features", "chunks")),
         *((name, ctypes.c_uint32) for name in ("steps", "inverse", "room", "log_q")),
-        ("activation", ctypes.c_uint32),
+        *((name, ctypes.c_uint32) for name in ("activation", "slots", "ends_at", "sums_at")),
+        *((name, ctypes.c_uint32) for name in ("ring_at", "barriers_at")),
     )
 
 
@@ -57,29 +61,37 @@ class RowLaunch:
 
     Attributes:
         rows: of x that a block multiplies at once: 1, 2, 4 or 8.
-        staged: x is kept in shared memory.
+        raw_rows: of those that are brought to shared memory at once; 0: x is read where it is.
         threads: of a block.
         steps: groups of a lane, one after the other.
+        slots: chunks of 32 groups that a warp has asked for into shared memory; 0: none.
         log_q: binary logarithm of the columns of x in one bank of shared memory.
-        shared_bytes: dynamic shared memory of a block.
+        offsets: bytes to ``ends``, the sums, the rings, the barriers and the end of shared memory.
     """
 
     rows: int
-    staged: bool
+    raw_rows: int
     threads: int
     steps: int
+    slots: int
     log_q: int
-    shared_bytes: int
+    offsets: tuple[int, int, int, int, int]
 
 
 def max_threads(rows: int) -> int:
-    """Threads of a block at most: 8 sums and 16 values need more than 64 registers."""
+    """Threads of a block at most: with 8 rows of x a thread needs more than 64 registers."""
     return 1024 if rows <= 4 else 512
 
 
 @functools.lru_cache(maxsize=4096)
 def row_launch(
-    rows: int, in_features: int, x_bytes: int, capacity: int, room: int, shared_limit: int
+    rows: int,
+    in_features: int,
+    x_bytes: int,
+    slot_bytes: int,
+    capacity: int,
+    room: int,
+    shared_limit: int,
 ) -> RowLaunch | None:
     """The launch for ``rows`` rows of x; None if shared memory holds not even the sums of one.
 
@@ -87,29 +99,49 @@ def row_launch(
         rows: rows of x, >= 1.
         in_features: K.
         x_bytes: of one value of x.
+        slot_bytes: of a chunk of 32 groups in shared memory; 0: they come to registers.
         capacity: groups of a block, as of ``RowWeight``.
         room: rows of the weight of a block, as of ``RowWeight``.
         shared_limit: bytes of shared memory that a block may have.
     """
     most = min(next_power_of_2(rows), 16 // x_bytes)
     chunks = capacity // CHUNK
-    for staged in (True, False):
-        tile = most if staged else min(most, 4)
-        while tile:
-            steps = cdiv(chunks, max_threads(tile) // WARP)
-            warps = cdiv(chunks, steps)
-            cell = 4 if tile == 1 else tile * x_bytes
-            log_q = next_power_of_2(cdiv(in_features * cell, 128)).bit_length() - 1
-            stride = 40 if tile <= 2 else 32  # STRIDE of row_linear.cu
-            sums = (room + warps + 1) * stride * tile * 4
-            shared = (room // 32 + 1) * 128 + sums
-            if staged:  # the cells, and x as it comes where the sums will be
-                pieces = tile * (128 // cell) * ((x_bytes << log_q) + 16)
-                shared += (128 << log_q) + max(0, pieces - sums)
-            if shared <= shared_limit:
-                return RowLaunch(tile, staged, warps * WARP, steps, log_q, shared)
-            tile //= 2
+    for tile, raw_rows, threads in _tiles(most):
+        steps = cdiv(chunks, threads // WARP)
+        warps = cdiv(chunks, steps)
+        cell = 4 if tile == 1 else tile * x_bytes
+        log_q = next_power_of_2(cdiv(in_features * cell, 128)).bit_length() - 1
+        ends_at = (128 << log_q) if raw_rows else 0
+        sums_at = ends_at + (room // 32 + 1) * 128
+        sums = (room + warps + 1) * WARP * tile * 4
+        raw = raw_rows * (128 // cell) * ((x_bytes << log_q) + 16)
+        ring_at = sums_at + cdiv(max(sums, raw), 128) * 128
+        slots = least = 0
+        if slot_bytes:
+            room_left = shared_limit - ring_at
+            slots, least = min(steps, room_left // (warps * (slot_bytes + 8)), MAX_SLOTS), 2
+        if ring_at <= shared_limit and slots >= min(steps, least):
+            barriers_at = ring_at + warps * slots * slot_bytes
+            end = barriers_at + warps * slots * 8
+            offsets = (ends_at, sums_at, ring_at, barriers_at, end)
+            return RowLaunch(tile, raw_rows, warps * WARP, steps, slots, log_q, offsets)
     return None
+
+
+def _tiles(most: int) -> Iterator[tuple[int, int, int]]:
+    """Rows of x at once, how many of them are brought at once, and threads; the better first."""
+    tile = most
+    while tile:
+        for threads in (max_threads(tile), 512):
+            raw_rows = tile
+            while raw_rows:
+                yield tile, raw_rows, threads
+                raw_rows //= 2
+        tile //= 2
+    tile = min(most, 4)
+    while tile:
+        yield tile, 0, max_threads(tile)
+        tile //= 2
 
 
 def next_power_of_2(value: int) -> int:
@@ -119,7 +151,14 @@ def next_power_of_2(value: int) -> int:
 
 @functools.lru_cache(maxsize=64)
 def _module(
-    x: torch.dtype, weight: torch.dtype, rows: int, gap_bits: int, wide: bool, staged: bool, at: int
+    x: torch.dtype,
+    weight: torch.dtype,
+    rows: int,
+    raw_rows: int,
+    gap_bits: int,
+    wide: bool,
+    ring: bool,
+    at: int,
 ) -> CudaModule | None:
     threads = max_threads(rows)
     defines = (
@@ -128,7 +167,9 @@ def _module(
         ("RM", rows),
         ("GAP_BITS", gap_bits),
         ("WIDE_BASE", int(wide)),
-        ("STAGED", int(staged)),
+        ("STAGED", int(raw_rows > 0)),
+        ("RAW_ROWS", raw_rows),
+        ("RING", int(ring)),
         ("MAX_THREADS", threads),
     )
     module = load_module(("row_linear.cu",), defines, threads, at)
@@ -146,7 +187,7 @@ def _shared_limit(device: int) -> int:
 
 @functools.cache
 def _overlaps(device: int) -> bool:
-    """Whether a kernel may be launched before those before it have ended."""
+    """Whether a kernel may be launched before those before it have ended, and copies in bulk."""
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -169,18 +210,33 @@ def row_linear_cuda(
         out: contiguous ``(M, N)`` of the dtype of ``x`` to write into; None makes one.
         overlap: start before the kernel before has ended, where the device can.
     """
-    if (packed.val.data_ptr() | packed.gap.data_ptr()) % 16:
+    if (packed.val.data_ptr() | packed.gap.data_ptr() | packed.base.data_ptr()) % 16:
         return None
     device = x.device.index
     rows, in_features = x.shape
+    wide = packed.base.dtype == torch.int32
+    ring = RING and _overlaps(device)
+    chunk = CHUNK * (GROUP * packed.val.element_size() + 2 * packed.gap_bits + (4 if wide else 2))
     launch = row_launch(
-        rows, in_features, x.element_size(), packed.capacity, packed.room, _shared_limit(device)
+        rows,
+        in_features,
+        x.element_size(),
+        chunk if ring else 0,
+        packed.capacity,
+        packed.room,
+        _shared_limit(device),
     )
     if launch is None:
         return None
-    wide = packed.base.dtype == torch.int32
     module = _module(
-        x.dtype, packed.val.dtype, launch.rows, packed.gap_bits, wide, launch.staged, device
+        x.dtype,
+        packed.val.dtype,
+        launch.rows,
+        launch.raw_rows,
+        packed.gap_bits,
+        wide,
+        ring,
+        device,
     )
     if module is None:
         return None
@@ -193,6 +249,7 @@ def row_linear_cuda(
         packed.base.data_ptr(),
         packed.ends.data_ptr(),
         packed.first.data_ptr(),
+        packed.lead.data_ptr(),
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         rows,
@@ -204,12 +261,14 @@ def row_linear_cuda(
         packed.room,
         launch.log_q,
         ACTIVATIONS.index(activation),
+        launch.slots,
+        *launch.offsets[:4],
     )
     module.launch(
         "row_linear",
         (packed.blocks, cdiv(rows, launch.rows)),
         args,
-        shared_bytes=launch.shared_bytes,
+        shared_bytes=launch.offsets[4],
         threads=launch.threads,
         overlap=overlap and _overlaps(device),
     )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from resu_compile.errors import ArgumentError
+from resu_compile.kernels import row_linear as row_linear_module
 from resu_compile.kernels._triton import HAS_TRITON
 from resu_compile.kernels.plan import ACTIVATIONS, apply_activation
 from resu_compile.kernels.row_linear import (
@@ -112,25 +113,39 @@ def test_triton_dtypes_and_activations(weight_dtype, activation):
 
 
 # -- CUDA C++ --------------------------------------------------------------------------------
-def test_launches_fit_the_device():
-    for rows in (1, 2, 3, 8, 64):
-        for in_features in (1, 100, 4096, 14336, 60_000, 200_000):
-            for capacity, room in ((32, 1), (832, 32), (9000, 110), (40_000, 300)):
-                launch = row_launch(rows, in_features, 2, capacity, room, SHARED)
-                assert launch is not None
-                warps = launch.threads // 32
-                assert launch.rows in (1, 2, 4, 8)
-                assert launch.shared_bytes < SHARED
-                assert launch.threads <= 1024
-                assert warps * launch.steps * 32 >= capacity
-                assert (warps - 1) * launch.steps * 32 < capacity
-                if launch.staged:
-                    cell = 4 if launch.rows == 1 else 2 * launch.rows
-                    assert (1 << launch.log_q) * (128 // cell) >= in_features
+@pytest.mark.parametrize("slot_bytes", [0, 1600])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 64])
+def test_launches_fit_the_device(rows, slot_bytes):
+    for in_features in (1, 100, 4096, 14336, 60_000, 200_000):
+        for capacity, room in ((32, 1), (832, 32), (8992, 110), (40_000, 300)):
+            launch = row_launch(rows, in_features, 2, slot_bytes, capacity, room, SHARED)
+            assert launch is not None
+            warps, steps = launch.threads // 32, launch.steps
+            assert launch.rows in (1, 2, 4, 8)
+            assert launch.threads <= 1024
+            assert (warps - 1) * steps * 32 < capacity <= warps * steps * 32
+            assert min(steps, 2 if slot_bytes else 0) <= launch.slots <= steps
+            ends, sums, ring, barriers, end = launch.offsets
+            assert sums - ends > 4 * room
+            assert ring - sums >= (room + warps + 1) * 32 * launch.rows * 4
+            assert barriers - ring == warps * launch.slots * slot_bytes
+            assert end - barriers == warps * launch.slots * 8
+            assert end <= SHARED
+            if launch.raw_rows:
+                cell = 4 if launch.rows == 1 else 2 * launch.rows
+                assert ends == 128 << launch.log_q
+                assert (1 << launch.log_q) * (128 // cell) >= in_features
+                assert ring - sums >= 2 * launch.raw_rows * in_features
 
 
 def test_sums_beyond_shared_memory_have_no_launch():
-    assert row_launch(1, 64, 2, 32, 5000, SHARED) is None
+    assert row_launch(1, 64, 2, 0, 32, 5000, SHARED) is None
+
+
+@pytest.fixture(params=[False, True], ids=["registers", "ring"])
+def ring(request, monkeypatch):
+    """Both ways in which groups come."""
+    monkeypatch.setattr(row_linear_module, "RING", request.param)
 
 
 @pytest.mark.cuda
@@ -144,11 +159,12 @@ def test_sums_beyond_shared_memory_have_no_launch():
         pytest.param((257, 1001), 0.9, {"blocks": 16, "gap_bits": 8}, id="ragged"),
         pytest.param((300, 4096), 0.7, {"gap_bits": 4}, id="aligned"),
         pytest.param((64, 14336), 0.95, {"blocks": 3}, id="several-steps"),
+        pytest.param((40, 4096), 0.5, {"blocks": 1}, id="slots-again"),
         pytest.param((5, 70_001), 0.99, {"blocks": 2}, id="wide"),
         pytest.param((700, 96), 0.8, {"blocks": 9}, id="short-rows"),
     ],
 )
-def test_cuda_matches_float64(shape, sparsity, options, dtype, rows):
+def test_cuda_matches_float64(ring, shape, sparsity, options, dtype, rows):
     x, weight, packed, bias = make(shape, rows, dtype, sparsity, **options)
     poisoned = torch.full((rows + 2, shape[0]), torch.nan, device=DEVICE, dtype=dtype)
     y = row_linear_cuda(x, packed, bias, "none", poisoned[1:-1])
@@ -163,7 +179,7 @@ def test_cuda_matches_float64(shape, sparsity, options, dtype, rows):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cuda_dtypes_and_activations(dtype, weight_dtype, activation):
+def test_cuda_dtypes_and_activations(ring, dtype, weight_dtype, activation):
     x, weight, packed, _ = make((130, 600), 4, dtype, 0.8, weight_dtype=weight_dtype)
     y = row_linear(x.t().contiguous().t(), packed, None, activation)
     assert_product(y, x, weight, None, activation)
@@ -171,7 +187,7 @@ def test_cuda_dtypes_and_activations(dtype, weight_dtype, activation):
 
 @pytest.mark.cuda
 @cuda_test
-def test_cuda_graph_follows_its_inputs():
+def test_cuda_graph_follows_its_inputs(ring):
     x, weight, packed, bias = make((512, 2048), 2, torch.bfloat16, 0.9)
     row_linear(x, packed, bias)
     graph = torch.cuda.CUDAGraph()
