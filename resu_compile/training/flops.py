@@ -14,7 +14,8 @@ Source: Evci et al. 2020, appendix H, https://arxiv.org/abs/1911.11134
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +75,30 @@ class _Counter(TorchDispatchMode):
         return self._owners.get(value.untyped_storage().data_ptr())
 
 
+@contextmanager
+def _plain_products() -> Iterator[None]:
+    """Attention and recurrent layers as the matrix products that they are, which are counted.
+
+    torch knows no FLOPs of its fused ones on the CPU, of those of cuDNN, and of the fast path of
+    transformer layers.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    fused = torch._C._get_mkldnn_enabled()  # torch.backends.mkldnn.flags warns of GPUs
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with (
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+            torch.backends.cudnn.flags(enabled=False),
+        ):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        torch._C._set_mkldnn_enabled(fused)
+
+
 def count_flops(model: nn.Module, *inputs: Any, **kwargs: Any) -> ModelFlops:
     """FLOPs of one call of ``model``, which runs eagerly, in eval mode and without gradients.
 
@@ -99,7 +124,7 @@ def count_flops(model: nn.Module, *inputs: Any, **kwargs: Any) -> ModelFlops:
     model.eval()
     counter = _Counter(owners)
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), counter:
+        with _plain_products(), counter:
             model(*inputs, **kwargs)
     finally:
         model.train(training)

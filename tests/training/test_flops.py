@@ -45,6 +45,27 @@ def test_convolutions_shared_weights_and_attention():
     assert found.other == 2 * 32 * 8 * 32
 
 
+def test_fused_layers_are_the_products_that_they_are():
+    """Batch 2, length 5, width 8, 2 heads of 4; and an LSTM of 3 steps."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    resu.sparsify(layer, 0.5, compile=False)
+    found = count_flops(layer, torch.randn(2, 5, 8))
+    assert found.weights == {
+        "self_attn.in_proj_weight": 2 * 10 * 8 * 24,
+        "self_attn.out_proj.weight": 2 * 10 * 8 * 8,
+        "linear1.weight": 2 * 10 * 8 * 16,
+        "linear2.weight": 2 * 10 * 16 * 8,
+    }
+    assert found.other == 2 * (2 * 2 * 2 * 5 * 5 * 4)  # q k^T and its product with v
+    assert torch.backends.mha.get_fastpath_enabled()
+    memory = resu.sparsify(nn.LSTM(4, 6), 0.5, compile=False)
+    products = count_flops(memory, torch.randn(3, 2, 4)).weights
+    assert products == {
+        "weight_ih_l0": 2 * 3 * 2 * 4 * 24,
+        "weight_hh_l0": 2 * 3 * 2 * 6 * 24,
+    }
+
+
 def test_a_compiled_model_is_counted_eagerly_and_stays_in_its_mode():
     model = make_model().eval()
     resu.sparsify(model, 0.5)
