@@ -148,25 +148,25 @@ def ring(request, monkeypatch):
     monkeypatch.setattr(row_linear_module, "RING", request.param)
 
 
+CASES = [
+    pytest.param((1, 1), 0.0, {}, id="one"),
+    pytest.param((257, 1001), 0.9, {"blocks": 16, "gap_bits": 8}, id="ragged"),
+    pytest.param((300, 4096), 0.7, {"gap_bits": 4}, id="aligned"),
+    pytest.param((64, 14336), 0.95, {"blocks": 3, "gap_bits": 8}, id="several-steps"),
+    pytest.param((40, 4096), 0.5, {"blocks": 1, "gap_bits": 4}, id="slots-again"),
+    pytest.param((5, 70_001), 0.99, {"blocks": 2}, id="wide"),
+    pytest.param((700, 96), 0.8, {"blocks": 9, "gap_bits": 4}, id="short-rows"),
+]
+
+
 @pytest.mark.cuda
 @cuda_test
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("shape", "sparsity", "options"),
-    [
-        pytest.param((1, 1), 0.0, {}, id="one"),
-        pytest.param((257, 1001), 0.9, {"blocks": 16, "gap_bits": 8}, id="ragged"),
-        pytest.param((300, 4096), 0.7, {"gap_bits": 4}, id="aligned"),
-        pytest.param((64, 14336), 0.95, {"blocks": 3}, id="several-steps"),
-        pytest.param((40, 4096), 0.5, {"blocks": 1}, id="slots-again"),
-        pytest.param((5, 70_001), 0.99, {"blocks": 2}, id="wide"),
-        pytest.param((700, 96), 0.8, {"blocks": 9}, id="short-rows"),
-    ],
-)
-def test_cuda_matches_float64(ring, shape, sparsity, options, dtype, rows):
-    x, weight, packed, bias = make(shape, rows, dtype, sparsity, **options)
-    poisoned = torch.full((rows + 2, shape[0]), torch.nan, device=DEVICE, dtype=dtype)
+@pytest.mark.usefixtures("ring")
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9])
+@pytest.mark.parametrize(("shape", "sparsity", "options"), CASES)
+def test_cuda_matches_float64(shape, sparsity, options, rows):
+    x, weight, packed, bias = make(shape, rows, torch.bfloat16, sparsity, **options)
+    poisoned = torch.full((rows + 2, shape[0]), torch.nan, device=DEVICE, dtype=x.dtype)
     y = row_linear_cuda(x, packed, bias, "none", poisoned[1:-1])
     assert y is not None
     assert_product(y, x, weight, bias)
@@ -176,27 +176,53 @@ def test_cuda_matches_float64(ring, shape, sparsity, options, dtype, rows):
 
 @pytest.mark.cuda
 @cuda_test
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cuda_dtypes_and_activations(ring, dtype, weight_dtype, activation):
-    x, weight, packed, _ = make((130, 600), 4, dtype, 0.8, weight_dtype=weight_dtype)
-    y = row_linear(x.t().contiguous().t(), packed, None, activation)
-    assert_product(y, x, weight, None, activation)
+@pytest.mark.usefixtures("ring")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("shape", "sparsity", "options"), CASES[1:3])
+def test_cuda_other_dtypes_match_float64(shape, sparsity, options, dtype):
+    x, weight, packed, bias = make(shape, 3, dtype, sparsity, **options)
+    assert_product(row_linear(x, packed, bias), x, weight, bias)
 
 
 @pytest.mark.cuda
 @cuda_test
-def test_cuda_graph_follows_its_inputs(ring):
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cuda_rounds_the_weight_to_the_dtype_of_x(dtype, weight_dtype):
+    x, weight, packed, _ = make((130, 600), 4, dtype, 0.8, weight_dtype=weight_dtype)
+    y = row_linear(x.t().contiguous().t(), packed, None)
+    assert_product(y, x, weight, None)
+
+
+@pytest.mark.cuda
+@cuda_test
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_cuda_activations(activation):
+    x, weight, packed, bias = make((130, 600), 4, torch.bfloat16, 0.8)
+    y = row_linear(x, packed, bias, activation)
+    assert_product(y, x, weight, bias, activation)
+
+
+@pytest.mark.cuda
+@cuda_test
+@pytest.mark.usefixtures("ring")
+def test_cuda_graph_follows_its_inputs():
     x, weight, packed, bias = make((512, 2048), 2, torch.bfloat16, 0.9)
     row_linear(x, packed, bias)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         hidden = row_linear(x * 2, packed, bias, "silu")
-        y = row_linear(hidden[:, :512].repeat(1, 4), packed, None)
+        y = row_linear(hidden.repeat(1, 4), packed, None)
     for _ in range(3):
         x.copy_(torch.randn_like(x))
         y.fill_(torch.nan)
         graph.replay()
         assert_product(hidden, x * 2, weight, bias, "silu")
         assert_product(y, hidden.repeat(1, 4), weight, None)
+
+
+@pytest.mark.cuda
+@cuda_test
+def test_triton_is_compiled_and_matches_float64():
+    x, weight, packed, bias = make((257, 1001), 3, torch.bfloat16, 0.9, gap_bits=8)
+    assert_product(row_linear_triton(x, packed, bias, "gelu"), x, weight, bias, "gelu")
