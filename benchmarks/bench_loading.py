@@ -9,8 +9,8 @@
                  the shipped table nor the user's cache has them.
     compilation  the calls after it, under Inductor; a later process finds its code in a cache
 
-One token, batch 1. Memory is the peak of the allocator up to the step, beside the memory of the dense
-model; on the CPU it is not measured.
+One token, batch 1. Memory is the peak of the allocator up to the end of the step, beside the memory
+of the dense model; on the CPU it is not measured.
 """
 
 from __future__ import annotations
