@@ -1,26 +1,24 @@
-// y = act(x W^T + bias) on the format of tile_weight.py. A warp decodes a strip of 16 rows straight
-// into the registers that wgmma takes as its left operand; x lies in shared memory, so that a place
-// of the weight costs the same at every number of rows of x.
+// y = act(x W^T + bias) on the format of tile_weight.py; follows tile_common.cu.
 //
-// The SPLITS blocks of a cluster share out the columns: each keeps its columns of x in shared memory
-// and walks over rows of W. A block is GROUPS warpgroups; each takes 64 rows at a time, on its own.
+// A warp decodes a strip of 16 rows straight into the registers that wgmma takes as its left
+// operand; x lies in shared memory, so that a place of the weight costs the same at every number of
+// rows of x.
+//
+// The SPLITS blocks of a cluster share out the columns: each keeps its columns of x in shared
+// memory and walks over rows of W. A block is GROUPS warpgroups; each takes 64 rows at a time, on its own.
 // A warp copies the segments of its strip (flags and streams) ahead of itself into SLOTS slots with
 // the bulk copy engine, across the ends of strips. The partial sums of 64 rows are sent through the
-// shared memory of the cluster, one block adds up 64 / SPLITS rows in a fixed order, and does so
+// shared memory of the cluster; one block adds up 64 / SPLITS rows in a fixed order, and does so
 // after its next 64 rows are decoded, so that nobody waits.
 //
 // Defined by the caller: TILE_M rows of x (8, 16, 32, 64), GROUPS, UNIT, SEGMENT, SLOTS, SPLITS
 // (1, 2, 4, 8), SUMS buffers for partial sums (1, 2), KIND (1 bfloat16, 2 float16).
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
-
 #define THREADS (GROUPS * 128)
-#define WORDS (SEGMENT / 64 / UNIT)  // flag words of a lane in a segment
+#define WORDS (SEGMENT / 64 / UNIT)     // flag words of a lane in a segment
 #define X_BYTES (TILE_M * SEGMENT * 2)  // x of one segment
-#define SHARE (64 / SPLITS)            // rows that a block adds up
-#define SUM_STRIDE (TILE_M + 4)        // floats of such a row, so that reads meet all banks
+#define SHARE (64 / SPLITS)             // rows that a block adds up
+#define SUM_STRIDE (TILE_M + 4)         // floats of such a row, so that reads meet all banks
 #define SUM_BYTES (64 * SUM_STRIDE * 4)
 
 struct Args {
@@ -35,143 +33,14 @@ struct Args {
   int scale[8];  // 128 >> i
 };
 
-// -- plumbing -------------------------------------------------------------------------------
-__device__ __forceinline__ u32 shared_address(const void *p) {
-  return (u32)__cvta_generic_to_shared(p);
-}
-
-__device__ __forceinline__ void barrier_init(u32 bar, u32 arrivals = 1) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes)
-               : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u32 bar, u32 phase) {
-  asm volatile(
-      "{\n .reg .pred done;\n"
-      "again:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      " @!done bra again;\n}\n" ::"r"(bar),
-      "r"(phase)
-      : "memory");
-  __syncwarp();  // lanes may leave the loop apart, and wgmma wants them together
-}
-
-__device__ __forceinline__ void bulk_copy(u32 to, const void *from, u32 bytes, u32 bar, u64 policy) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1], %2, [%3], %4;" ::"r"(to),
-      "l"(from), "r"(bytes), "r"(bar), "l"(policy)
-      : "memory");
-}
-
-template <int PENDING> __device__ __forceinline__ void wait_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
-
-// Address of the same place in the shared memory of another block of the cluster.
-__device__ __forceinline__ u32 place_in(u32 local, u32 block) {
-  u32 remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(block));
-  return remote;
-}
-
-__device__ __forceinline__ void send(u32 to, float v, float w, u32 bar) {
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(to),
-      "f"(v), "f"(w), "r"(bar)
-      : "memory");
-}
-
-__device__ __forceinline__ void send(u32 to, float v, float w, float y, float z, u32 bar) {
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::
-          "r"(to),
-      "f"(v), "f"(w), "f"(y), "f"(z), "r"(bar)
-      : "memory");
-}
-
-// Where a row of sums has column m: two pairs of a lane stand side by side, to be sent as one.
-__device__ __forceinline__ int column_of(int m) {
-  return TILE_M == 8 ? m : (m & ~15) | (m & 6) << 1 | (m & 8) >> 2 | (m & 1);
-}
-
-__device__ __forceinline__ float value_of(u16 bits) {
-#if KIND == 1
-  return __uint_as_float((u32)bits << 16);
-#else
-  float f;
-  asm("{ .reg .b16 h; mov.b16 h, %1; cvt.f32.f16 %0, h; }" : "=f"(f) : "h"(bits));
-  return f;
-#endif
-}
-
-__device__ __forceinline__ u16 rounded(float value) {
-  u16 bits;
-#if KIND == 1
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#else
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-#endif
-  return bits;
-}
-
-__device__ __forceinline__ float activated(float v, int activation) {  // order of ACTIVATIONS
-  switch (activation) {
-    case 1: return v < 0.f ? 0.f : v;  // NaN stays
-    case 2: return 0.5f * v * (1.f + erff(v * 0.70710678118654752f));
-    case 3: return 0.5f * v * (1.f + tanhf(0.79788456080286536f * (v + 0.044715f * v * v * v)));
-    case 4: return v / (1.f + expf(-v));
-  }
-  return v;
-}
-
-// -- wgmma: D (64 x TILE_M) += A (64 x 16, registers) B (16 x TILE_M, shared memory) --------------
-#if KIND == 1
-#define MMA_TYPES ".f32.bf16.bf16 "
-#else
-#define MMA_TYPES ".f32.f16.f16 "
-#endif
-#define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
-
-__device__ __forceinline__ void multiply(float *d, const u32 *a, u32 b_low) {
-  u64 b = (u64)b_low | 1ull << 62 | 64ull << 32;  // swizzle 128, 1024 bytes to the next 8 rows
-#if TILE_M == 8
-  asm volatile("wgmma.mma_async.sync.aligned.m64n8k16" MMA_TYPES
-               "{%0,%1,%2,%3}, {%4,%5,%6,%7}, %8, 1, 1, 1, 0;"
-               : D4(0)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#elif TILE_M == 16
-  asm volatile("wgmma.mma_async.sync.aligned.m64n16k16" MMA_TYPES
-               "{%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, 1, 1, 1, 0;"
-               : D4(0), D4(4)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#elif TILE_M == 32
-  asm volatile("wgmma.mma_async.sync.aligned.m64n32k16" MMA_TYPES
-               "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, "
-               "1, 1, 1, 0;"
-               : D16(0)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#else
-  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16" MMA_TYPES
-               "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-               "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
-               "{%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
-               : D16(0), D16(16)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-#endif
-}
-
 // -- decoding -------------------------------------------------------------------------------
 // A kept place loads its value and moves the pointer by a row. The flag alone, still in its place
 // within a byte, times the place's scale is that step: each pointer is a new register, since an
 // address that a load has yet to read may not be overwritten, and the product runs on the other
 // pipe than the logic. The scales are arguments because a known power of two would become a shift.
-template <int I> __device__ __forceinline__ void decode_register(u32 &a, const u32 *bytes, u32 &lo, u32 &hi,
-                                                                 const int *scale) {
+template <int I>
+__device__ __forceinline__ void decode_register(u32 &a, const u32 *bytes, u32 &lo, u32 &hi,
+                                                const int *scale) {
   u32 next;
 #if UNIT == 1
   asm volatile(
@@ -214,7 +83,8 @@ __device__ __forceinline__ void decode(u32 *a, u32 word, u32 &lo, u32 &hi, const
 // wgmma's 128-byte mode wants it, so that neither the copy nor the product meets a bank conflict.
 // Rows past the end of x are left as they are: they end in columns of D that nobody stores. Columns
 // past K are 0, since the weight is 0 there and 0 * NaN is not.
-__device__ __forceinline__ void load_x(const Args &args, u32 to, int row, int column, int segments) {
+__device__ __forceinline__ void load_x(const Args &args, u32 to, int row, int column,
+                                       int segments) {
   for (int piece = threadIdx.x; piece < segments * (X_BYTES / 16); piece += THREADS) {
     int k8 = piece & 7, m = (piece >> 3) % TILE_M, k64 = piece / (8 * TILE_M);
     int source_row = row + m, k = column + 64 * k64 + 8 * k8;
@@ -262,9 +132,9 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THRE
   const u32 slots = x_base + args.held_segments * X_BYTES + GROUPS * (SUMS * SUM_BYTES);
   const u32 own = slots + warp * (SLOTS * slot_bytes);
   const u32 all_bars = slots + GROUPS * 4 * SLOTS * slot_bytes;
-  const u32 bars = all_bars + warp * (SLOTS * 8);                  // a slot is filled
+  const u32 bars = all_bars + warp * (SLOTS * 8);                         // a slot is filled
   const u32 sum_bars = all_bars + GROUPS * (4 * SLOTS * 8) + group * 24;  // sums came
-  const u32 free_bar = sum_bars + 16;                               // all have read theirs
+  const u32 free_bar = sum_bars + 16;                                     // all have read theirs
 
   // Segments of this warp in order: those of its columns, of one strip after the other.
   u64 policy;
@@ -286,7 +156,8 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THRE
     u32 bytes = (next_end - next_begin) * 128;
     barrier_expect(bar, bytes + WORDS * 128);
     bulk_copy(to, args.flags + index * (WORDS * 32), WORDS * 128, bar, policy);
-    if (bytes) bulk_copy(to + WORDS * 128, args.val + (long long)next_begin * 64, bytes, bar, policy);
+    const u16 *values = args.val + (long long)next_begin * 64;
+    if (bytes) bulk_copy(to + WORDS * 128, values, bytes, bar, policy);
   };
   auto skip = [&](int segments) {
     next_segment += segments;
@@ -360,7 +231,8 @@ extern "C" __global__ void __cluster_dims__(SPLITS, 1, 1) __launch_bounds__(THRE
       if (!stays && (segment == 0 || held == args.held_segments)) {
         wait_products<0>();
         __syncthreads();
-        load_x(args, x_base, row0, (first + segment) * SEGMENT, min(args.held_segments, count - segment));
+        int held_now = min(args.held_segments, count - segment);
+        load_x(args, x_base, row0, (first + segment) * SEGMENT, held_now);
         wait_x();
         held = 0;
       }

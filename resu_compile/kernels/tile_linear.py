@@ -24,6 +24,7 @@ from resu_compile.kernels._triton import cdiv
 from resu_compile.kernels.plan import ACTIVATIONS, apply_activation
 from resu_compile.kernels.tile_weight import STEP, TileWeight, unpack_tiles
 
+FILES = ("tile_common.cu", "tile_linear.cu")
 KINDS = {torch.bfloat16: 1, torch.float16: 2}  # KIND of tile_linear.cu
 HOPPER = (9, 0)  # compute capability: wgmma exists on no other
 SHARED_BYTES = 232448  # shared memory that one block may have on sm_90
@@ -182,7 +183,7 @@ def _module(
         ("KIND", kind),
     )
     threads = config.groups * 128
-    module = load_module(("tile_linear.cu",), defines, threads, device, specific=True)
+    module = load_module(FILES, defines, threads, device, specific=True)
     if module is not None:
         module.allow_shared("tile_linear", SHARED_BYTES)
     return module
@@ -214,47 +215,45 @@ def tile_linear_cuda(
         out: contiguous ``(M, N)`` of the same dtype to write into, or None for a new one.
         overlap: start before the kernel before has ended, and wait for it inside.
     """
-    device = x.device.index
-    module = _module(config, packed.unit, packed.segment, KINDS[x.dtype], device)
-    if module is None:
-        return None
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    (rows, in_features), out_features = x.shape, packed.shape[0]
-    if out is None:
-        out = x.new_empty(rows, out_features)
-    strips, segments = packed.flags.shape[:2]
-    x_stride = x.stride(0) if rows > 1 else in_features
     shape = TileShape.of(packed)
     held_segments, shared_bytes = config.held_segments(shape), config.shared_bytes(shape)
     if not held_segments:
         raise ArgumentError(
             f"config: expected at most {SHARED_BYTES} bytes of shared memory, got {config}"
         )
-    blocks = cdiv(out_features, GROUP_ROWS)
-    clusters = min(blocks, _clusters_at_once(module, config.splits, shared_bytes))
-    args = _Args(
-        flags=packed.flags.data_ptr(),
-        offset=packed.offset.data_ptr(),
-        val=packed.val.data_ptr(),
-        x=x.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
-        y=out.data_ptr(),
-        rows=rows,
-        out_features=out_features,
-        in_features=in_features,
-        x_stride=x_stride,
-        segments=segments,
-        strips=strips,
-        slot_rows=packed.segment_rows,
-        held_segments=held_segments,
-        clusters=clusters,
-        activation=ACTIVATIONS.index(activation),
-        x_aligned=int(x.data_ptr() % 16 == 0 and (rows == 1 or x_stride % 8 == 0)),
-        scale=SCALES,
-    )
-    grid = (clusters * config.splits, cdiv(rows, config.tile_m))
-    with torch.cuda.device(device):
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    (rows, in_features), out_features = x.shape, packed.shape[0]
+    x_stride = x.stride(0) if rows > 1 else in_features
+    with torch.cuda.device(x.device):
+        module = _module(config, packed.unit, packed.segment, KINDS[x.dtype], x.device.index)
+        if module is None:
+            return None
+        if out is None:
+            out = x.new_empty(rows, out_features)
+        blocks = cdiv(out_features, GROUP_ROWS)
+        clusters = min(blocks, _clusters_at_once(module, config.splits, shared_bytes))
+        args = _Args(
+            flags=packed.flags.data_ptr(),
+            offset=packed.offset.data_ptr(),
+            val=packed.val.data_ptr(),
+            x=x.data_ptr(),
+            bias=None if bias is None else bias.data_ptr(),
+            y=out.data_ptr(),
+            rows=rows,
+            out_features=out_features,
+            in_features=in_features,
+            x_stride=x_stride,
+            segments=shape.segments,
+            strips=packed.flags.shape[0],
+            slot_rows=packed.segment_rows,
+            held_segments=held_segments,
+            clusters=clusters,
+            activation=ACTIVATIONS.index(activation),
+            x_aligned=int(x.data_ptr() % 16 == 0 and (rows == 1 or x_stride % 8 == 0)),
+            scale=SCALES,
+        )
+        grid = (clusters * config.splits, cdiv(rows, config.tile_m))
         module.launch("tile_linear", grid, args, shared_bytes=shared_bytes, overlap=overlap)
     return out
 
@@ -279,6 +278,8 @@ def tile_linear(
     """
     check_x(x, packed)
     check_choice(activation, ACTIVATIONS, name="activation")
+    if bias is not None and bias.shape != (packed.shape[0],):
+        raise ArgumentError(f"bias: expected shape ({packed.shape[0]},), got {tuple(bias.shape)}")
     if bias is not None:
         bias = bias.to(x.dtype).contiguous()
     if runs_on_tensor_cores(x) and x.shape[0]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from resu_compile.errors import ArgumentError
 from resu_compile.kernels._nvrtc import FOLDER
 from resu_compile.kernels.plan import ACTIVATIONS, apply_activation
 from resu_compile.kernels.tile_linear import (
+    FILES,
     SHARED_BYTES,
     TILE_ROWS,
     TileConfig,
@@ -91,6 +94,11 @@ def test_bad_arguments(x, activation, match):
         tile_linear(x, pack_tiles(torch.ones(3, 4)), None, activation)
 
 
+def test_a_bias_that_does_not_fit_is_refused():
+    with pytest.raises(ArgumentError, match=r"bias: expected shape \(3,\), got \(4,\)"):
+        tile_linear(torch.ones(2, 4), pack_tiles(torch.ones(3, 4)), torch.ones(4))
+
+
 # -- cuts ------------------------------------------------------------------------------------
 @settings(max_examples=100, deadline=None)
 @given(
@@ -137,6 +145,26 @@ def test_arguments_are_those_of_the_source():
         for name in re.sub(r"^\s*(const )?\w+ ", "", line).split(",")
     ]
     assert names == [name for name, _ in _Args._fields_]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs the CUDA compiler")
+@pytest.mark.parametrize("unit", [1, 2])
+def test_source_compiles_without_spills_or_waits(unit, tmp_path):
+    source = tmp_path / "tiles.cu"
+    source.write_text("".join((FOLDER / name).read_text() for name in FILES))
+    defines = {"TILE_M": 16, "GROUPS": 4, "SPLITS": 4, "SLOTS": 2, "SUMS": 2}
+    defines |= {"UNIT": unit, "SEGMENT": 256, "KIND": 1}
+    done = subprocess.run(
+        ["nvcc", "-cubin", "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v"]
+        + [f"-D{name}={value}" for name, value in defines.items()]
+        + ["-o", str(tmp_path / "tiles.cubin"), str(source)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert " 0 bytes spill stores, 0 bytes spill loads" in done.stderr
+    assert "Potential Performance Loss" not in done.stderr  # ptxas waits after each wgmma
 
 
 # -- the kernel ------------------------------------------------------------------------------
