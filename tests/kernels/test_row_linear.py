@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from resu_compile.errors import ArgumentError
 from resu_compile.kernels import row_linear as row_linear_module
+from resu_compile.kernels._nvrtc import FOLDER
 from resu_compile.kernels._triton import HAS_TRITON
 from resu_compile.kernels.plan import ACTIVATIONS, apply_activation
 from resu_compile.kernels.row_linear import (
@@ -112,6 +119,23 @@ def test_triton_dtypes_and_activations(weight_dtype, activation):
     assert_product(y, x, weight, bias, activation)
 
 
+@triton_test
+def test_triton_compiles_for_hopper():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compile_row_linear"],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4
+    assert all(": sm_90" in line for line in lines)
+
+
 # -- CUDA C++ --------------------------------------------------------------------------------
 @pytest.mark.parametrize("slot_bytes", [0, 1600])
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 64])
@@ -140,6 +164,24 @@ def test_launches_fit_the_device(rows, slot_bytes):
 
 def test_sums_beyond_shared_memory_have_no_launch():
     assert row_launch(1, 64, 2, 0, 32, 5000, SHARED) is None
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("ring", [0, 1], ids=["registers", "ring"])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_sums_stay_in_registers(rows, ring, tmp_path):
+    defines = {"X_KIND": 2, "W_KIND": 2, "RM": rows, "RAW_ROWS": rows, "GAP_BITS": 8}
+    defines |= {"WIDE_BASE": 0, "STAGED": 1, "RING": ring, "MAX_THREADS": 1024}
+    done = subprocess.run(
+        ["nvcc", "-arch=sm_90", "-cubin", "-std=c++17", "-Xptxas", "-v"]
+        + [f"-D{name}={value}" for name, value in defines.items()]
+        + [str(FOLDER / "row_linear.cu"), "-o", str(tmp_path / "row_linear.cubin")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in done.stderr
 
 
 @pytest.fixture(params=[False, True], ids=["registers", "ring"])
