@@ -22,7 +22,7 @@ from torch import Tensor
 
 from resu_compile.errors import ArgumentError, check_number
 
-Needs = Literal["nothing", "gradient", "momentum"]
+Needs = Literal["nothing", "gradient", "momentum", "moments"]  # moments: and mean squares
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class ByAdamMomentum:
     Source: TimDettmers/sparse_learning, core.py
     """
 
-    needs: ClassVar[Needs] = "momentum"
+    needs: ClassVar[Needs] = "moments"
 
     def score(self, places: Places) -> Tensor:
         """|m| / (sqrt(v) + 1e-8)."""

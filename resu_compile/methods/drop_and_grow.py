@@ -140,7 +140,7 @@ class DropAndGrow(TrainingMethod):
 
     def needs_dense_gradient(self, run: Run) -> bool:
         """On update steps, to grow by gradient; on all steps before ``stop``, by momentum."""
-        if "momentum" in self._needs:
+        if self._needs & {"momentum", "moments"}:
             return run.step < self.settled(run)
         return get_criterion(self.grow).needs == "gradient" and self.is_due(run)
 
@@ -151,8 +151,8 @@ class DropAndGrow(TrainingMethod):
 
     def before_step(self, run: Run) -> bool:
         """Update now, if the gradient decides or the update takes the place of the step."""
-        if "momentum" in self._needs and self.needs_dense_gradient(run):
-            run.observe_gradients()
+        if self._needs & {"momentum", "moments"} and self.needs_dense_gradient(run):
+            run.observe_gradients(square="moments" in self._needs)
         if not self._is_before_step or not self.is_due(run):
             return False
         self.update(run)

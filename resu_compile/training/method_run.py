@@ -133,9 +133,14 @@ class Run:
         assert pattern is not None
         return pattern_mask(score, layout, parse_pattern(pattern), kept, keep_lower=True)
 
-    def observe_gradients(self) -> None:
-        """Add the gradients of this step, and their squares, to their decaying means."""
-        for kind, beta in zip(("mean", "square"), BETAS, strict=True):
+    def observe_gradients(self, *, square: bool = False) -> None:
+        """Add the gradients of this step to their decaying means.
+
+        Args:
+            square: keep the means of their squares too.
+        """
+        kinds = ("mean", "square") if square else ("mean",)
+        for kind, beta in zip(kinds, BETAS, strict=False):
             means = self.memory.setdefault(kind, {})
             for places in self.places():
                 assert places.gradient is not None

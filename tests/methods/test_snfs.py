@@ -79,3 +79,4 @@ def test_layers_differ_and_the_total_holds(grow):
     assert counts["0.weight"] != 32
     assert_sparse(run, optimizer)
     assert not run.controller.dense_gradients
+    assert ("square" in run.memory) is (grow == "adam_momentum")  # no more memory than it takes
