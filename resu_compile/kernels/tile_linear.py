@@ -41,10 +41,12 @@ CLUSTERS = {8: 15, 4: 32, 2: 66, 1: 132}
 # GROUP_CYCLES for each of them. From 24.7 us (g = 4) and 25.1 us (g = 3) on an H200, bf16,
 # 14336x4096 at 70 %, 8 rows of x.
 STEP_CYCLES, GROUP_CYCLES = 230, 163
-# How much longer it takes: where a warp cannot copy ahead (29.1 against 26.6 us at 50 %), where
-# partial sums have one buffer (43.0 against 31.9 us, 32 rows), and where x does not stay (32.6
-# against 29.9 us, 16 rows); same device, dtype and weight.
-SINGLE_SLOT, SINGLE_SUM, MOVING_X = 1.3, 1.3, 1.2
+# Cycles to bring x again where not all of a block's columns of it fit: 32.6 us (g = 4, in two
+# parts) against 29.9 us (g = 3), same device, dtype and weight, 16 rows.
+RELOAD_CYCLES = 2000
+# How much longer it takes where a warp cannot copy ahead (29.1 against 26.6 us at 50 %, 8 rows),
+# and where partial sums have one buffer (43.0 against 31.9 us at 70 %, 32 rows).
+SINGLE_SLOT, SINGLE_SUM = 1.3, 1.3
 
 
 # -- reference -------------------------------------------------------------------------------
@@ -122,15 +124,17 @@ class TileConfig:
         return self.fixed_bytes(shape) + x_bytes
 
     def cycles(self, shape: TileShape) -> float:
-        """Rough time of the decoding, to compare cuts."""
+        """Rough time of a launch that holds x of one segment at least, to compare cuts."""
         items = cdiv(cdiv(shape.out_features, GROUP_ROWS), CLUSTERS[self.splits])
         rounds, rest = divmod(items, self.groups)
         cycles: float = rounds * (STEP_CYCLES + GROUP_CYCLES * self.groups)
         cycles += (STEP_CYCLES + GROUP_CYCLES * rest) if rest else 0
-        steps = self.own_segments(shape) * (shape.segment // STEP)
-        cycles *= steps * (SINGLE_SLOT if self.slots == 1 else 1.0)
+        own, held = self.own_segments(shape), self.held_segments(shape)
+        cycles *= own * (shape.segment // STEP)
+        cycles *= SINGLE_SLOT if self.slots == 1 else 1.0
         cycles *= SINGLE_SUM if self.sums == 1 else 1.0
-        return cycles * (MOVING_X if self.held_segments(shape) < self.own_segments(shape) else 1.0)
+        reloads = cdiv(own, held) if held < own else 0
+        return cycles + cdiv(items, self.groups) * reloads * RELOAD_CYCLES
 
 
 class _Args(ctypes.Structure):
@@ -150,11 +154,13 @@ class _Args(ctypes.Structure):
 def tile_config(tile_m: int, shape: TileShape) -> TileConfig | None:
     """The cut that should be fastest; None if shared memory suffices for none.
 
+    Among equals the one with the fewest warps, and these the furthest ahead with their copies.
+
     Args:
         tile_m: rows of x of a block.
         shape: of the weight.
     """
-    cuts = itertools.product(CLUSTERS, (4, 3, 2, 1), (3, 2, 1), (2, 1))
+    cuts = itertools.product(CLUSTERS, (1, 2, 3, 4), (4, 3, 2, 1), (2, 1))
     fitting = [
         config
         for config in (TileConfig(tile_m, groups, splits, *rest) for splits, groups, *rest in cuts)

@@ -41,7 +41,9 @@ STRIP = 16  # rows of a weight that one warp decodes
 STEP = 64  # columns whose flags of unit 1 are one word of a lane
 SEGMENT = 256  # columns after which all streams of a strip start anew
 ROW = 64  # values of a row of ``val``: 32 lanes, 2 halves
-PAIR_SPARSITY = 0.8  # from here on ``pack_tiles`` takes pairs, where most of them are empty
+# From here on ``pack_tiles`` takes pairs: half the work a place, more bytes. Of 14336x4096 with 8
+# rows of x, H200, bf16: 25.8 us against 24.7 us at 70 %, about 20 us against 23 us at 90 %.
+PAIR_SPARSITY = 0.75
 MAX_ROWS = 2**31 - 1  # row numbers are int32
 CHUNK = 1 << 26  # positions packed or unpacked at once, to bound the temporaries
 
