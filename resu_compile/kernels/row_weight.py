@@ -32,9 +32,15 @@ from torch import Tensor
 
 from resu_compile.errors import ArgumentError, WeightError
 from resu_compile.kernels._triton import cdiv
+from resu_compile.kernels.row_order import (
+    CHUNK,
+    GROUP,
+    divide_rows,
+    spread_groups,
+    value_slot,
+    with_fillers,
+)
 
-GROUP = 16  # entries
-CHUNK = 32  # groups: a warp
 NARROW_COLUMNS = 1 << 16  # up to here a base column fits 16 bits
 MAX_ENTRIES = 2**31 - 1  # entry numbers are int32, fillers and room included
 GAP_BITS = (4, 8)
@@ -201,7 +207,7 @@ def pack_rows(
     group_stop = groups.cumsum(0)
     group_start = group_stop - groups
 
-    first, room, capacity = _divide(groups, group_stop, blocks)
+    first, room, capacity = divide_rows(groups, group_stop, blocks)
     if like is not None and like.capacity >= capacity and like.room >= room:
         room, capacity = like.room, like.capacity
     elif spare:
@@ -216,14 +222,14 @@ def pack_rows(
     block = torch.bucketize(rows, first[1:], right=True)  # (N,)
     block_start = F.pad(group_stop, (1, 0))[first]  # (blocks + 1,)
     shift = block * capacity - block_start[block]  # (N,): stored group minus group
-    stored_group = _spread(groups, group_start, int(group_stop[-1])).to(torch.int64)
+    stored_group = spread_groups(groups, group_start, int(group_stop[-1])).to(torch.int64)
     stored_group += shift.repeat_interleave(groups, output_size=stored_group.numel())
 
     # entries in the order of the padded stream: number -> group and place within
     number = torch.arange(col.numel(), dtype=torch.int32, device=col.device) + filled
     last_gap = gap - fillers * widest
     if bool(fillers.any()):
-        number, row, col, last_gap, val = _with_fillers(
+        number, row, col, last_gap, val = with_fillers(
             number, row, col, last_gap, val, fillers, widest
         )
     offset = (group_start * GROUP - start).to(torch.int32)  # (N,): slot of a group minus number
@@ -238,7 +244,7 @@ def pack_rows(
     natural = group * GROUP + place_in_group
     stored_gap[natural] = last_gap.masked_fill_(leads, 0).to(torch.uint8)
     stored_val = val.new_zeros(total * GROUP)
-    stored_val[_value_slot(natural, val.element_size())] = val
+    stored_val[value_slot(natural, val.element_size())] = val
     if gap_bits == 4:
         halves = stored_gap.view(-1, 2, 2, 4)  # (group, 8 entries, upper half, 4)
         stored_gap = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(-1)
@@ -270,7 +276,7 @@ def unpack_rows(packed: RowWeight) -> Tensor:
     flat = dense.view(-1)
     row = row_of_group(packed)  # (groups,), -1: room
     natural = torch.arange(packed.val.numel(), device=row.device)
-    value = packed.val[_value_slot(natural, packed.val.element_size())].view(-1, GROUP)
+    value = packed.val[value_slot(natural, packed.val.element_size())].view(-1, GROUP)
     gap = gaps(packed)  # (groups, 16), int32
     col = wide_base(packed)[:, None] + gap.cumsum(1)
     stored = gap > 0
@@ -334,81 +340,3 @@ def _smaller_bits(gap: Tensor, itemsize: int) -> int:
         entries = gap.numel() + int(fillers.sum())
         sizes[bits] = entries * (itemsize + bits / 8 + 2 / GROUP)
     return 4 if sizes[4] < 0.98 * sizes[8] else 8
-
-
-def _divide(groups: Tensor, group_stop: Tensor, blocks: int) -> tuple[Tensor, int, int]:
-    """Runs of rows of equal cost: first row of each (int64, then N), most rows, room for groups.
-
-    A row costs its groups and a quarter of the average row, which bounds the rows of a run where
-    most rows are empty.
-    """
-    rows, total = groups.numel(), int(group_stop[-1])
-    cost = group_stop.double()
-    cost += torch.arange(1, rows + 1, device=groups.device) * max(1.0, total / rows / 4)
-    targets = torch.arange(1, blocks, device=groups.device, dtype=torch.float64)
-    targets *= cost[-1] / blocks
-    # the row boundary nearest to each target
-    after = torch.searchsorted(cost, targets).clamp_(max=rows - 1)
-    before_cost = F.pad(cost, (1, 0))[after]
-    inner = after + (cost[after] - targets < targets - before_cost)
-    first = F.pad(F.pad(inner, (1, 0)), (0, 1), value=rows)
-    counts = F.pad(group_stop, (1, 0))[first].diff()
-    most_rows, most_groups = torch.stack([first.diff().max(), counts.max()]).tolist()
-    return first, int(most_rows), cdiv(max(int(most_groups), 1), CHUNK) * CHUNK
-
-
-def _spread(groups: Tensor, group_start: Tensor, total: int) -> Tensor:
-    """Place of each group among all: within a row, 8 in sequence spread over its columns.
-
-    A row of G groups makes ``ceil(G / 8)`` passes, pass p over the groups p, p + passes, ...; the
-    passes follow one another in bit-reversed order, so that those in sequence interleave.
-    """
-    row = torch.arange(groups.numel(), device=groups.device)
-    row = row.repeat_interleave(groups, output_size=total)
-    number = torch.arange(total, device=groups.device) - group_start[row]
-    passes = (groups[row] + 7) // 8
-    key = _reverse_16(number % passes) * 8 + number // passes
-    order = (row * (8 << 16) + key).argsort()
-    place = torch.empty_like(order)
-    place[order] = torch.arange(total, device=groups.device)
-    return place
-
-
-def _reverse_16(x: Tensor) -> Tensor:
-    """Reversed order of the low 16 bits."""
-    for shift, mask in ((1, 0x5555), (2, 0x3333), (4, 0x0F0F), (8, 0x00FF)):
-        x = (x >> shift & mask) | (x & mask) << shift
-    return x
-
-
-def _with_fillers(
-    number: Tensor,
-    row: Tensor,
-    col: Tensor,
-    gap: Tensor,
-    val: Tensor,
-    fillers: Tensor,
-    widest: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The entries and behind them the fillers: number, row, column, gap and value of each."""
-    owner = fillers.nonzero().view(-1)
-    owner = owner.repeat_interleave(fillers[owner])
-    run = torch.arange(owner.numel(), device=owner.device)
-    # 1 for the filler next to its entry, counting backwards
-    starts = torch.searchsorted(owner, owner)
-    back = (fillers[owner] - (run - starts)).to(torch.int32)
-    return (
-        torch.cat([number, number[owner] - back]),
-        torch.cat([row, row[owner]]),
-        torch.cat([col, col[owner] - gap[owner] - (back - 1) * widest]),
-        torch.cat([gap, torch.full_like(back, widest)]),
-        torch.cat([val, val.new_zeros(owner.numel())]),
-    )
-
-
-def _value_slot(natural: Tensor, itemsize: int) -> Tensor:
-    """Element of ``val`` for ``16 group + j``."""
-    vector = 16 // itemsize  # values in 16 bytes
-    group, j = natural >> 4, natural & (GROUP - 1)
-    within = (j // vector) * (CHUNK * vector) + (group & (CHUNK - 1)) * vector + j % vector
-    return (group >> 5) * (CHUNK * GROUP) + within

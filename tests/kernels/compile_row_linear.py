@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from resu_compile.kernels.plan import ACTIVATIONS
-from resu_compile.kernels.row_linear import _row_linear_kernel
+from resu_compile.kernels.row_linear_triton import _row_linear_kernel
 
 HOPPER = GPUTarget("cuda", 90, 32)
 POINTERS = {"gap_ptr": "u8", "base_ptr": "i16", "ends_ptr": "i32", "first_ptr": "i32"}

@@ -21,14 +21,15 @@ from resu_compile.kernels.row_linear import (
     row_linear,
     row_linear_cuda,
     row_linear_reference,
-    row_linear_triton,
 )
+from resu_compile.kernels.row_linear_triton import row_linear_triton
 from resu_compile.kernels.row_weight import pack_rows
 from tests.tolerances import matmul_tolerance
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SOURCES = ("row_group", "row_linear")
 SHARED = 227 * 1024  # bytes: an H100 or H200
 
 triton_test = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
@@ -172,10 +173,12 @@ def test_sums_beyond_shared_memory_have_no_launch():
 def test_sums_stay_in_registers(rows, ring, tmp_path):
     defines = {"X_KIND": 2, "W_KIND": 2, "RM": rows, "RAW_ROWS": rows, "GAP_BITS": 8}
     defines |= {"WIDE_BASE": 0, "STAGED": 1, "RING": ring, "MAX_THREADS": 1024}
+    source = tmp_path / "row_linear.cu"
+    source.write_text("".join((FOLDER / f"{name}.cu").read_text() for name in SOURCES))
     done = subprocess.run(
         ["nvcc", "-arch=sm_90", "-cubin", "-std=c++17", "-Xptxas", "-v"]
         + [f"-D{name}={value}" for name, value in defines.items()]
-        + [str(FOLDER / "row_linear.cu"), "-o", str(tmp_path / "row_linear.cubin")],
+        + [str(source), "-o", str(source.with_suffix(".cubin"))],
         capture_output=True,
         text=True,
         check=False,

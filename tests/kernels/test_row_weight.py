@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resu_compile.errors import ArgumentError, WeightError
+from resu_compile.kernels.row_order import CHUNK, GROUP
 from resu_compile.kernels.row_weight import (
-    CHUNK,
-    GROUP,
     RowWeight,
     default_blocks,
     gaps,
