@@ -18,16 +18,14 @@ from resu_compile.errors import PhaseError
 
 RESTORE = "controller(model).restore_dense() brings the dense weights back"
 
+# attributes that show values; all others tell of the tensor itself
+_VALUES = frozenset({"data", "T", "mT", "H", "mH", "real", "imag"})
+# methods that do so too, beside all that are called is_... or _is_...
 _METADATA = frozenset(
     {
-        *("shape", "dtype", "device", "layout", "ndim", "itemsize", "names", "name", "is_cuda"),
-        *("is_cpu", "is_meta", "is_sparse", "is_sparse_csr", "is_quantized", "is_mkldnn", "is_mps"),
-        *("is_xpu", "is_nested", "requires_grad", "grad", "grad_fn", "is_leaf", "output_nr"),
-        *("_version", "_base", "_backward_hooks", "_post_accumulate_grad_hooks", "_grad"),
         *("size", "dim", "numel", "nelement", "stride", "storage_offset", "element_size"),
-        *("data_ptr", "untyped_storage", "is_floating_point", "is_complex", "is_inference"),
-        *("get_device", "is_shared", "is_pinned", "__len__", "__hash__", "requires_grad_"),
-        *("register_hook", "register_post_accumulate_grad_hook"),
+        *("data_ptr", "untyped_storage", "get_device", "__len__", "__hash__", "requires_grad_"),
+        *("register_hook", "register_post_accumulate_grad_hook", "sparse_dim", "dense_dim"),
         "_has_compatible_shallow_copy_type",
     }
 )
@@ -63,8 +61,7 @@ class ReleasedParameter(nn.Parameter):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         name, verb = _name_of(func)
-        known = name in _METADATA if verb != "__set__" else name in _SETTABLE
-        if known:
+        if _is_metadata(name, verb):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         target = kwargs.get("out", args[0] if args else None)
@@ -100,6 +97,12 @@ def _name_of(func: Callable[..., Any]) -> tuple[str, str]:
     if name in ("__get__", "__set__"):
         return getattr(getattr(func, "__self__", None), "__name__", ""), name
     return name, ""
+
+
+def _is_metadata(name: str, verb: str) -> bool:
+    if verb:
+        return name in _SETTABLE if verb == "__set__" else name not in _VALUES
+    return name in _METADATA or (name.startswith(("is_", "_is_")) and name != "is_nonzero")
 
 
 def _writes(name: str) -> bool:

@@ -13,8 +13,9 @@ from torch import nn
 
 import resu_compile as resu
 from resu_compile.errors import ArgumentTypeError, PhaseError
-from resu_compile.runtime.released import ReleasedParameter
+from resu_compile.runtime.released import ReleasedParameter, hollow, refill
 from tests.compiling import Backend, no_recompile
+from tests.graphs import captured
 
 CUDA = torch.cuda.is_available()
 
@@ -241,6 +242,29 @@ def test_shared_storage_stays():
     model, ctl, *_ = released(model=model)
     assert ctl.released.kept["q.weight"] == "its storage is shared with other tensors"
     assert set(ctl.released.released) == {"v.weight", "out"}
+
+
+def test_what_tells_of_the_tensor_unpacks_nothing():
+    parameter = nn.Parameter(torch.randn(4, 6))
+    value, reads = parameter.detach().clone(), []
+    hollow(parameter, "w", lambda: reads.append(1) or value.clone())
+    assert (parameter.shape, parameter.dtype, parameter.numel()) == ((4, 6), torch.float32, 24)
+    assert parameter.requires_grad
+    assert parameter.is_leaf
+    assert parameter.nbytes == 96
+    assert not parameter.is_conj()
+    assert not parameter._is_view()
+    parameter.grad = None
+    with torch.no_grad():
+        captured(lambda x: x @ parameter.t(), X[:, :6])
+    assert reads == []
+    with torch.no_grad():
+        assert torch.equal(parameter.T, value.T)
+        assert torch.equal(parameter + 0, value)
+    assert len(reads) == 2
+    refill(parameter)
+    assert type(parameter) is nn.Parameter
+    assert torch.equal(parameter, value)
 
 
 def test_optimizers_pass_released_weights_by():
