@@ -29,6 +29,7 @@ from resu_compile.kernels.row_weight import RowWeight, unpack_rows
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # X_KIND and W_KIND
 WARP = 32
 RING = False  # groups come by bulk copies into shared memory, not by loads into registers
+MAX_GRID = 65535  # blocks in y
 MAX_SLOTS = 8  # of a warp: some 12 KB on their way
 
 
@@ -216,19 +217,16 @@ def row_linear_cuda(
         return None
     device = x.device.index
     rows, in_features = x.shape
-    wide = packed.base.dtype == torch.int32
-    ring = RING and _overlaps(device)
-    chunk = CHUNK * (GROUP * packed.val.element_size() + 2 * packed.gap_bits + (4 if wide else 2))
-    launch = row_launch(
-        rows,
-        in_features,
-        x.element_size(),
-        chunk if ring else 0,
-        packed.capacity,
-        packed.room,
-        _shared_limit(device),
-    )
-    if launch is None:
+    slot_bytes = CHUNK * (GROUP * packed.val.element_size() + 2 * packed.gap_bits)
+    slot_bytes += CHUNK * packed.base.element_size()
+    sizes = (packed.capacity, packed.room, _shared_limit(device))
+    launch = row_launch(rows, in_features, x.element_size(), 0, *sizes)
+    if RING and _overlaps(device):
+        ring = row_launch(rows, in_features, x.element_size(), slot_bytes, *sizes)
+        # shared memory may hold slots or more rows of x: the rows then, they share the weight
+        if launch is not None and ring is not None and ring.rows == launch.rows:
+            launch = ring
+    if launch is None or cdiv(rows, launch.rows) > MAX_GRID:
         return None
     module = _module(
         x.dtype,
@@ -236,8 +234,8 @@ def row_linear_cuda(
         launch.rows,
         launch.raw_rows,
         packed.gap_bits,
-        wide,
-        ring,
+        packed.base.dtype == torch.int32,
+        launch.slots > 0,
         device,
     )
     if module is None:
@@ -304,7 +302,7 @@ def row_linear(
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     with torch.cuda.device(x.device):
         y = row_linear_cuda(x, packed, bias, activation)
-        if y is None and HAS_TRITON:
+        if y is None and HAS_TRITON and x.shape[0] <= MAX_GRID:
             y = row_linear_triton(x, packed, bias, activation)
     return row_linear_reference(x, packed, bias, activation) if y is None else y
 
