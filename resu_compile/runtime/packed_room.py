@@ -42,6 +42,8 @@ def pack_with_room(
         old: what was packed before, of the same matrix.
         fixed: whether the contents will never change, so that no room is needed.
     """
+    if old is not None and any(t.device != value.device for t in old.tensors()):
+        old = None  # the model was moved
     fresh = _pack(kernel, value, mask, old, 0.0 if fixed else SPARE)
     if old is None or not _fits(kernel, fresh, old):
         if fixed or kernel is not Kernel.TILES:
@@ -92,7 +94,7 @@ def _holds_x(config: TileConfig, shape: TileShape) -> bool:
 def _fits(kernel: Kernel, fresh: Packed, old: Packed) -> bool:
     """Whether the contents of ``fresh`` can stand in the tensors of ``old``."""
     pairs = list(zip(fresh.tensors(), old.tensors(), strict=True))
-    if any(a.dtype != b.dtype or a.device != b.device for a, b in pairs):
+    if any(a.dtype != b.dtype for a, b in pairs):
         return False
     if kernel is Kernel.TILES:  # rows behind the last one, and a bound that is too large, are fine
         *layout, longest = fresh.layout

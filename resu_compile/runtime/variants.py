@@ -275,7 +275,11 @@ class GraphVariants:
         products = list({p.source: p for p in self._products(binding)}.values())
         outlines = [product.outline(binding.weights) for product in self._products(binding)]
         gm, _, _ = insert_sparse_matmuls(self.gm, self.sites, outlines)
-        return release_unused(gm, products, binding.weights)
+        freed = release_unused(gm, products, binding.weights)
+        if freed:  # what ran before will not run again
+            binding.runs.clear()
+            binding.run = None
+        return freed
 
     def _compile_graph(self, gm: fx.GraphModule, extra: Sequence[Tensor]) -> Compiled:
         placeholders = gm.graph.find_nodes(op="placeholder")
