@@ -47,7 +47,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_PrintVersion)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    for add_command in (_add_demo, _add_report, _add_train, _add_plot, _add_verify):
+    for add_command in (
+        _add_demo,
+        _add_report,
+        _add_train,
+        _add_plot,
+        _add_verify,
+        _add_experiment,
+    ):
         add_command(commands)
     return parser
 
@@ -128,6 +135,30 @@ def _add_verify(commands: Commands) -> None:
     verify.add_argument("--compile", action="store_true", help="compile the models")
     verify.add_argument("--output", type=Path, default=Path("verify_output"), metavar="DIR")
     verify.set_defaults(run=_verify)
+
+
+def _add_experiment(commands: Commands) -> None:
+    experiment = commands.add_parser(
+        "experiment",
+        usage="resu-compile experiment CONFIG [options]\n"
+        "       resu-compile experiment report RESULTS [options]",
+        help="compare training methods: tasks x methods x sparsities x seeds",
+        description="Run what a .yaml or .json file describes; examples/experiment_small.yaml is "
+        "one. Started again, it goes on where it was; started several times at once, the processes "
+        "share the work. 'report' makes tables and pictures of its results file.",
+    )
+    experiment.add_argument("words", nargs="+", metavar="CONFIG | report RESULTS")
+    experiment.add_argument("--output", type=Path, metavar="DIR", help="in place of the default")
+    run = experiment.add_argument_group("running")
+    run.add_argument("--dry-run", action="store_true", help="count cells and steps only")
+    run.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N, for all tasks")
+    run.add_argument("--retry-failed", action="store_true", help="run again what failed before")
+    run.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases")
+    report = experiment.add_argument_group("reporting")
+    report.add_argument(
+        "--method", default="resu", metavar="NAME", help="compared with its rivals: %(default)s"
+    )
+    experiment.set_defaults(run=_experiment)
 
 
 class _PrintVersion(argparse.Action):
@@ -241,6 +272,51 @@ def _verify(arguments: argparse.Namespace) -> int:
     print(outcome.text())
     print(f"numbers: {outcome.write(arguments.output)}")
     return 0 if outcome.passed else 1
+
+
+def _experiment(arguments: argparse.Namespace) -> int:
+    words: list[str] = arguments.words
+    if arguments.output is not None:
+        _check_output(arguments.output)
+    if words[0] == "report" and len(words) == 2:
+        from resu_compile.experiments.report import write_report
+
+        report = write_report(words[1], arguments.output, method=arguments.method)
+        print(report.text)
+        print(f"written: {', '.join(map(str, report.files))}")
+        return 0
+    if len(words) != 1 or words[0] == "report":
+        raise ArgumentError(f"experiment: expected CONFIG or report RESULTS, got {' '.join(words)}")
+    return _run_experiment(arguments)
+
+
+def _run_experiment(arguments: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from resu_compile.experiments.config import ExperimentConfig
+    from resu_compile.experiments.runner import describe, run_experiment
+    from resu_compile.experiments.tasks.registry import check_torch_device
+    from resu_compile.experiments.tracking import import_wandb
+
+    if arguments.device is not None:
+        check_torch_device(arguments.device)
+    config = ExperimentConfig.load(arguments.words[0])
+    changes = {"output": arguments.output, "wandb": arguments.wandb}
+    config = replace(config, **{k: v for k, v in changes.items() if v is not None})
+    print(describe(config), flush=True)
+    if arguments.dry_run:
+        return 0
+    if config.wandb is not None:
+        import_wandb()
+    outcome = run_experiment(
+        config,
+        device=arguments.device,
+        retry_failed=arguments.retry_failed,
+        tell=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(f"{outcome.done} cells done, {len(outcome.failed)} failed; results: {config.results}")
+    print(f"tables and pictures: resu-compile experiment report {config.results}")
+    return 1 if outcome.failed else 0
 
 
 def _check_demo_packages(command: str) -> None:

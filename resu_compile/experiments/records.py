@@ -1,0 +1,119 @@
+"""The results file: JSON lines, one a finished cell, which several processes append to.
+
+A line is written at once, under a lock, and flushed to the disk. A line that a kill cut short is
+removed by the next one to write, and passed over by all who read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from resu_compile.errors import ArgumentError
+
+FORMAT = "resu_compile.experiment"
+FORMAT_VERSION = 1
+Record = dict[str, Any]
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[IO[bytes] | None]:
+    """``path``, open for reading and appending, while no other process has it locked.
+
+    The lock is the operating system's: it ends with the process, however that ends.
+
+    Args:
+        path: made if it is not there, with its folder.
+        wait: False gives None at once if another process has the lock.
+    """
+    try:
+        import fcntl
+    except ImportError as error:  # Windows
+        raise ArgumentError(
+            "experiment: expected an operating system with file locks (fcntl), got none; "
+            "run it on Linux, macOS or in WSL"
+        ) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        yield file
+
+
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Add one line; NaN and infinity, which JSON has not, become None."""
+    full = {"format": FORMAT, "format_version": FORMAT_VERSION, **_finite(record)}
+    line = (json.dumps(full, allow_nan=False) + "\n").encode()
+    with locked(path) as file:
+        assert file is not None
+        end = file.seek(0, os.SEEK_END)
+        if end and not _ends_whole(file, end):
+            file.truncate(_last_line_end(file))
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _ends_whole(file: IO[bytes], end: int) -> bool:
+    file.seek(end - 1)
+    return file.read(1) == b"\n"
+
+
+def _last_line_end(file: IO[bytes]) -> int:
+    file.seek(0)
+    return file.read().rfind(b"\n") + 1
+
+
+def read_records(path: str | Path) -> list[Record]:
+    """The records of a results file, in order; none if there is no such file.
+
+    Raises:
+        ArgumentError: a line is no record of an experiment, or one of another format version.
+    """
+    file = Path(path)
+    if not file.exists():
+        return []
+    data = file.read_bytes()
+    records = []
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise ArgumentError(f"{path}: expected a record of an experiment in line {number}")
+        if record.get("format_version") != FORMAT_VERSION:
+            raise ArgumentError(
+                f"{path}: expected format version {FORMAT_VERSION} in line {number}, got "
+                f"{record.get('format_version')!r}; read it with the release that wrote it"
+            )
+        records.append(record)
+    return records
+
+
+def by_key(records: Iterable[Record]) -> dict[str, Record]:
+    """The records by the key of their cell; of several the last one that succeeded."""
+    found: dict[str, Record] = {}
+    for record in records:
+        before = found.get(record["key"])
+        if before is None or record["status"] == "done" or before["status"] != "done":
+            found[record["key"]] = record
+    return found
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
