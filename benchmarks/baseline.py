@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,16 @@ def compare(
         missing=tuple(sorted(wanted - set(measured))),
         new=tuple(sorted(set(measured) - set(stored))),
     )
+
+
+def median_of(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The middle ratio of several runs for each case that all of them have; NaN where one is."""
+    common = [case for case in runs[0] if all(case in run for run in runs)]
+    found = {case: [run[case] for run in runs] for case in common}
+    return {
+        case: math.nan if any(map(math.isnan, ratios)) else statistics.median(ratios)
+        for case, ratios in found.items()
+    }
 
 
 def best_of(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:

@@ -60,7 +60,7 @@ MORE_NAMES = (
         "vit-l mlp.fc1",
     )
     if CUDA
-    else ("vit-l mlp.fc2", "llama3.2-1b q_proj")
+    else ("gpt2 attn.c_attn", "vit-b mlp.fc2")
 )
 MORE_SPARSITY, MORE_ROWS = (0.7 if CUDA else 0.9), (1, 16)
 

@@ -15,6 +15,7 @@ from benchmarks.baseline import (
     best_of,
     compare,
     load,
+    median_of,
     path_of,
     save,
 )
@@ -79,6 +80,18 @@ def test_every_case_is_in_exactly_one_list(stored, measured):
 @given(ratio_maps)
 def test_a_run_passes_against_itself(ratios):
     assert compare(ratios, ratios).passed
+
+
+def test_a_baseline_is_the_middle_of_several_runs():
+    runs = [
+        {"a": 1.0, "b": 2.0, "c": 1.0},
+        {"a": 9.0, "b": math.nan},
+        {"a": 3.0, "b": 2.0, "c": 1.0},
+    ]
+    found = median_of(runs)
+    assert found["a"] == 3.0
+    assert math.isnan(found["b"])
+    assert "c" not in found
 
 
 def test_a_second_run_can_only_raise_a_ratio():

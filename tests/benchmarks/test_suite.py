@@ -50,6 +50,13 @@ def test_a_ratio_that_fell_once_passes(stored):
     assert found == suite.PASSED
 
 
+def test_a_second_measurement_may_take_longer(stored):
+    found = suite.compare(
+        [make_group()], whole=True, measure=clock(1.0), again=clock(2.0), folder=stored
+    )
+    assert found == suite.PASSED
+
+
 def test_only_groups_that_fell_run_again(stored):
     baseline.save(baseline.Baseline(environment(), {"g: ours": 2.0, "h: ours": 1.0}), stored)
     seen = []
