@@ -114,24 +114,6 @@ class CudaModule:
         config.attrs, config.numAttrs = [attribute], 1
         return config
 
-    def _launch_early(
-        self, function: Any, size: tuple[int, ...], stream: Any, address: int
-    ) -> tuple[Any, ...]:
-        driver = self._driver
-        attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
-        identifiers = driver.CUlaunchAttributeID
-        attribute.id = identifiers.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        value.programmaticStreamSerializationAllowed = 1
-        attribute.value = value
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = size[:3]
-        config.blockDimX, config.blockDimY, config.blockDimZ = size[3:6]
-        config.sharedMemBytes = size[6]
-        config.hStream = stream
-        config.attrs, config.numAttrs = [attribute], 1
-        launched: tuple[Any, ...] = driver.cuLaunchKernelEx(config, function, address, 0)
-        return launched
-
 
 @functools.cache
 def load_module(
