@@ -31,22 +31,21 @@ SHARED_BYTES = 232448  # shared memory that one block may have on sm_90
 GROUP_ROWS = 64  # rows of the weight that a warpgroup multiplies
 TILE_ROWS = (8, 16, 32, 64)  # rows of x that a block may take
 SCALES = (ctypes.c_int * 8)(*(128 >> i for i in range(8)))  # see tile_linear.cu
-# Blocks start before the kernel before them has ended and wait for its results themselves.
-OVERLAP = False
+# Blocks start while the kernel before them still runs. That is safe: all threads wait for it (and
+# so for all before it) ahead of their first read or write of global memory, so that a weight or an
+# x that it writes is read whole. 23.3 us against 23.9 us on an H200 in a CUDA graph, bf16,
+# 14336x4096 at 70 %, 8 rows of x; 0.3 to 1.2 us in most cuts.
+OVERLAP = True
 
-# What runs at once on 132 multiprocessors, by blocks of a cluster: a cluster stays in one part
-# (GPC) of the chip. Only the choice of a cut counts on it; the launch asks the driver.
-CLUSTERS = {8: 15, 4: 32, 2: 66, 1: 132}
-# Cycles in which each of g warpgroups of a block decodes 64 x 64 places: STEP_CYCLES and
-# GROUP_CYCLES for each of them. From 24.7 us (g = 4) and 25.1 us (g = 3) on an H200, bf16,
-# 14336x4096 at 70 %, 8 rows of x.
-STEP_CYCLES, GROUP_CYCLES = 230, 163
-# Cycles to bring x again where not all of a block's columns of it fit: 32.6 us (g = 4, in two
-# parts) against 29.9 us (g = 3), same device, dtype and weight, 16 rows.
-RELOAD_CYCLES = 2000
-# How much longer it takes where a warp cannot copy ahead (29.1 against 26.6 us at 50 %, 8 rows),
-# and where partial sums have one buffer (43.0 against 31.9 us at 70 %, 32 rows).
-SINGLE_SLOT, SINGLE_SUM = 1.3, 1.3
+# How launches are cut, after the times of tests/kernels/tile_times.json.
+# Warpgroups of a block, by rows of x: fewer do not keep a multiprocessor busy, and with more there
+# is no room for x.
+GROUPS = {8: (1, 2, 3, 4), 16: (1, 2, 3, 4), 32: (2, 3), 64: (1, 2)}
+# Blocks of a cluster; fewer where a weight has fewer segments.
+SPLITS = {8: (4, 8), 16: (4, 8), 32: (4, 8), 64: (8,)}
+# Clusters that run at once on the 132 multiprocessors of an H200, by blocks of a cluster: the
+# driver's answer for 4 and 8, which stay in one part (GPC) of the chip. The launch asks again.
+CLUSTERS = {8: 15, 4: 30, 2: 66, 1: 132}
 
 
 # -- reference -------------------------------------------------------------------------------
@@ -123,18 +122,17 @@ class TileConfig:
         x_bytes = self.held_segments(shape) * self.tile_m * shape.segment * 2
         return self.fixed_bytes(shape) + x_bytes
 
-    def cycles(self, shape: TileShape) -> float:
-        """Rough time of a launch that holds x of one segment at least, to compare cuts."""
+    def work(self, shape: TileShape) -> float:
+        """Segments that a warpgroup takes one after the other, to compare cuts.
+
+        What else it does is counted in segments: to send and add up the sums of 64 rows, more for
+        more rows of x; to bring x, an eighth of the work on 64 rows; and to bring it again and
+        again where a block cannot hold its columns of it.
+        """
         items = cdiv(cdiv(shape.out_features, GROUP_ROWS), CLUSTERS[self.splits])
-        rounds, rest = divmod(items, self.groups)
-        cycles: float = rounds * (STEP_CYCLES + GROUP_CYCLES * self.groups)
-        cycles += (STEP_CYCLES + GROUP_CYCLES * rest) if rest else 0
-        own, held = self.own_segments(shape), self.held_segments(shape)
-        cycles *= own * (shape.segment // STEP)
-        cycles *= SINGLE_SLOT if self.slots == 1 else 1.0
-        cycles *= SINGLE_SUM if self.sums == 1 else 1.0
-        reloads = cdiv(own, held) if held < own else 0
-        return cycles + cdiv(items, self.groups) * reloads * RELOAD_CYCLES
+        own = self.own_segments(shape)
+        work = (cdiv(items, self.groups) + 1 / 8) * (own + 1 / 4 + self.tile_m / 32)
+        return work * (1 + self.tile_m / 40) if self.held_segments(shape) < own else work
 
 
 class _Args(ctypes.Structure):
@@ -152,21 +150,24 @@ class _Args(ctypes.Structure):
 
 @functools.cache
 def tile_config(tile_m: int, shape: TileShape) -> TileConfig | None:
-    """The cut that should be fastest; None if shared memory suffices for none.
+    """The cut with the least work; None if shared memory suffices for none.
 
-    Among equals the one with the fewest warps, and these the furthest ahead with their copies.
+    Among equals the one with the fewest blocks in a cluster, and of these the fewest warps.
 
     Args:
         tile_m: rows of x of a block.
         shape: of the weight.
     """
-    cuts = itertools.product(CLUSTERS, (1, 2, 3, 4), (4, 3, 2, 1), (2, 1))
-    fitting = [
-        config
-        for config in (TileConfig(tile_m, groups, splits, *rest) for splits, groups, *rest in cuts)
-        if config.splits <= shape.segments and config.held_segments(shape)
-    ]
-    return min(fitting, key=operator.methodcaller("cycles", shape)) if fitting else None
+    splits = [n for n in SPLITS[tile_m] if n <= shape.segments]
+    splits = splits or [next(n for n in (4, 2, 1) if n <= shape.segments)]
+    # two slots and two buffers of sums; less only where no cut has room for them
+    for groups, slots, sums in ((GROUPS[tile_m], 2, 2), ((1,), 2, 1), ((1,), 1, 1)):
+        cuts = itertools.product(splits, groups)
+        configs = [TileConfig(tile_m, n, split, slots, sums) for split, n in cuts]
+        fitting = [config for config in configs if config.held_segments(shape)]
+        if fitting:
+            return min(fitting, key=operator.methodcaller("work", shape))
+    return None
 
 
 def tile_rows(rows: int) -> int:
