@@ -15,7 +15,7 @@ from resu_compile.training.callbacks import Callback
 
 if TYPE_CHECKING:
     from resu_compile.runtime.commit_report import CommitReport
-    from resu_compile.training.trainer import Trainer, TrainingResult
+    from resu_compile.training.trainer import Trainer
 
 
 class Tracker(Callback):
@@ -26,7 +26,7 @@ class Tracker(Callback):
         raise NotImplementedError
 
     def close(self) -> None:
-        """Nothing comes any more."""
+        """The run is over, or has failed."""
 
     def on_step(self, trainer: Trainer, loss: Tensor) -> None:
         """Every ``log_every`` steps."""
@@ -48,10 +48,6 @@ class Tracker(Callback):
         """Each change of masks."""
         step = trainer.cycle.step_index
         self.write({"masks/churn": report.overall.churn}, step)
-
-    def on_end(self, trainer: Trainer, result: TrainingResult) -> None:  # noqa: ARG002
-        """The run is over."""
-        self.close()
 
 
 class TensorBoard(Tracker):

@@ -8,6 +8,7 @@ import pytest
 from resu_compile.errors import ArgumentError, ArgumentTypeError
 from resu_compile.experiments import ExperimentConfig
 from resu_compile.experiments.cells import build_cells
+from resu_compile.experiments.runner import describe
 from resu_compile.experiments.settings import training_config
 
 SEARCH = {"start": [0.05, 0.1, 0.2], "stop": {"low": 0.5, "high": 0.9}}
@@ -136,3 +137,15 @@ def test_dense_has_a_mask_of_ones():
         "dense", steps=10, sparsity=0.9, seed=0, training={"compile": False, "preset": "published"}
     )
     assert (config.sparsity, config.compile) == (0.0, False)
+
+
+def test_settings_of_a_trial_that_do_not_go_together(make_config):
+    """Eight cycles have room in 40 steps, but not after a warm-up of 16."""
+    search = {"training.cycles": [8], "training.warmup": [0.4]}
+    config = make_config(
+        methods=[{"name": "resu", "training": {"cycles": 2, "warmup": 0.1}, "search": search}],
+        task={"steps": 40},
+        tuning={"trials": 4},
+    )
+    with pytest.raises(ArgumentError, match="steps: expected at least"):
+        describe(config)

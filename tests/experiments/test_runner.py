@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +125,24 @@ def test_a_killed_process_loses_nothing(tmp_path, make_config):
             assert found[name] == expected[name]
 
 
+@pytest.mark.parametrize("method", ["gmp", "resu"])
+def test_killed_between_the_last_step_and_the_result(make_config, monkeypatch, method):
+    """The last checkpoint holds all that the result says."""
+    spec = RESU if method == "resu" else method
+    config = make_config(methods=[spec], seeds=[0], task={"checkpoint_every": 10})
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # the checkpoints stay
+    run_experiment(config)
+    monkeypatch.undo()
+    (expected,) = runs_of(config).values()
+    config.results.unlink()
+    run_experiment(config)
+    (found,) = runs_of(config).values()
+    assert found["resumed"] is True
+    assert expected["resumed"] is False
+    for name in ("scores", "flops", "reached_sparsity", "updates", "mean_churn", "densities"):
+        assert found[name] == expected[name]
+
+
 def test_two_processes_share_the_cells(tmp_path):
     task = {"options": {"meet": str(tmp_path / "meet")}}
     path = write(tmp_path / "x.json", tmp_path / "out", seeds=[0, 1, 2], task=task)
@@ -163,6 +182,7 @@ def test_a_failure_is_a_result_and_stops_nothing(make_config, caplog):
     assert [r["status"] for r in read_records(config.results)] == ["failed"] * 2
     assert run_experiment(config).made == 0
     assert run_experiment(config, retry_failed=True).made == 2
+    assert "2 cells, 0 finished, 2 failed; 60 steps to go" in describe(config)
 
 
 # -- equal training FLOPs --------------------------------------------------------------------

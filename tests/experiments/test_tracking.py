@@ -66,7 +66,7 @@ def test_tensorboard(make_config):
 
 
 def test_without_tensorboard(make_config, monkeypatch):
-    monkeypatch.setattr("resu_compile.experiments.runner.has_tensorboard", lambda: False)
+    monkeypatch.setattr("resu_compile.experiments.run_cell.has_tensorboard", lambda: False)
     config = make_config(methods=["gmp"], seeds=[0])
     assert run_experiment(config).done == 1
     assert not (config.output / "tensorboard").exists()
