@@ -98,6 +98,13 @@ def check_known_keys(keys: Iterable[str], known: Iterable[str], *, what: str) ->
             raise ArgumentError(f"unknown {what} {key!r}{hint}; known: {', '.join(names)}")
 
 
+def check_flag(value: object, *, name: str) -> bool:
+    """``value`` if it is a bool, or an error that names the argument ``name``."""
+    if not isinstance(value, bool):
+        raise ArgumentTypeError(f"{name}: expected a bool, got {value!r}")
+    return value
+
+
 def check_integer(value: object, *, name: str, minimum: int = 0) -> int:
     """``value`` as an int of at least ``minimum``, or an error naming ``name``."""
     if isinstance(value, bool) or not isinstance(value, int):

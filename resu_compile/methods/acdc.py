@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from resu_compile.errors import ArgumentError, ArgumentTypeError
+from resu_compile.errors import ArgumentError, check_flag
 from resu_compile.methods.registry import register_method
 from resu_compile.methods.training_method import TrainingMethod, check_when, steps_of
 from resu_compile.phase import Phase
@@ -21,8 +21,8 @@ class ACDC(TrainingMethod):
 
         dense warm-up | sparse dense sparse ... | dense, longer | sparse, to the end
 
-    Each sparse phase begins with a pruning by magnitude among all weights; each dense one lets all
-    places train, from 0 where they were pruned. Shares of training as in the source's 100 epochs:
+    Each sparse phase begins with a pruning by magnitude among all places; each dense one lets all
+    of them train, from 0 where they were pruned. Shares of training as in the source's 100 epochs:
     warm-up 10, phases 5, last dense phase 10, last sparse phase 15. Weights compete inside their
     layer, or over all layers with ``scope="global"``.
 
@@ -49,8 +49,7 @@ class ACDC(TrainingMethod):
             check_when(getattr(self, name), name=name)
         for name in ("phase", "last_sparse"):
             check_when(getattr(self, name), name=name, minimum=1)
-        if not isinstance(self.reset_optimizer, bool):
-            raise ArgumentTypeError(f"reset_optimizer: expected a bool, got {self.reset_optimizer}")
+        check_flag(self.reset_optimizer, name="reset_optimizer")
 
     def switches(self, steps: int) -> dict[int, Phase]:
         """Step -> the phase that begins there, for a run of so many steps.

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from resu_compile.errors import ArgumentError, check_number
+from resu_compile.errors import ArgumentError, check_choice, check_number
 
 Needs = Literal["nothing", "gradient", "momentum", "moments"]  # moments: and mean squares
 
@@ -200,6 +200,7 @@ def get_criterion(criterion: str | Criterion, *, name: str = "criterion") -> Cri
     if isinstance(criterion, str) and criterion in CRITERIA:
         return CRITERIA[criterion]()
     if isinstance(criterion, Criterion) and not isinstance(criterion, (str, type)):
+        check_choice(criterion.needs, get_args(Needs), name=f"{name}.needs")
         return criterion
     raise ArgumentError(
         f"{name}: expected one of {', '.join(sorted(CRITERIA))}, or an object with needs and "

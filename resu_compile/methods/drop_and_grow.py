@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
-from resu_compile.errors import check_choice, check_number
+from resu_compile.errors import check_choice, check_flag, check_number
 from resu_compile.methods.criteria import Criterion, Needs, Places, get_criterion, scored
 from resu_compile.methods.training_method import TrainingMethod, check_when, steps_of
 from resu_compile.sparsity import only_at, topk_mask
@@ -111,6 +111,7 @@ class DropAndGrow(TrainingMethod):
         check_choice(self.decay, DECAYS, name="decay")
         get_criterion(self.drop, name="drop")
         get_criterion(self.grow, name="grow")
+        check_flag(self.replaces_step, name="replaces_step")
 
     # -- when ----------------------------------------------------------------------------------
     def settled(self, run: Run) -> int:
@@ -120,9 +121,10 @@ class DropAndGrow(TrainingMethod):
     def is_due(self, run: Run) -> bool:
         """Whether the masks are updated when ``run.step`` steps are done."""
         every = max(steps_of(self.every, run.steps), 1)
-        late = run.postponed and self._is_before_step
+        if run.postponed and self._is_before_step:
+            return True
         on_time = steps_of(self.start, run.steps) < run.step and run.step % every == 0
-        return run.step < self.settled(run) and (on_time or late)
+        return on_time and run.step < self.settled(run)
 
     def fraction_now(self, run: Run) -> float:
         """f, with ``end + (f - end) decay(min(t, T) / T)``, T the step of ``stop``."""
@@ -144,6 +146,10 @@ class DropAndGrow(TrainingMethod):
             return run.step < self.settled(run)
         return get_criterion(self.grow).needs == "gradient" and self.is_due(run)
 
+    def looks_at_gradients(self, run: Run) -> bool:
+        """On the steps of updates before the step, and whenever gradients are dense."""
+        return self.needs_dense_gradient(run) or (self._is_before_step and self.is_due(run))
+
     # -- hooks ---------------------------------------------------------------------------------
     def begin(self, run: Run) -> None:
         """A random mask."""
@@ -162,15 +168,17 @@ class DropAndGrow(TrainingMethod):
         """Update after the step, unless it is done before."""
         if not self._is_before_step and self.is_due(run):
             self.update(run)
+        if run.step >= self.settled(run):
+            run.forget_gradients()
 
     def update(self, run: Run) -> None:
         """Drop and grow in every weight."""
         run.remask(self.new_masks(run), self.label)
 
     def new_masks(self, run: Run) -> Iterator[tuple[str, Tensor]]:
-        """Name and new mask of each weight, one after another."""
+        """Name and new mask of each weight that trains, one after another."""
         fraction = self.fraction_now(run)
-        for places in run.places():
+        for places in run.trained_places():
             n_drop = int(fraction * int(places.mask.sum()))
             yield places.name, self.swapped(places, n_drop, n_drop)
 

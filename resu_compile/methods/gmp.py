@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from resu_compile.errors import ArgumentTypeError, check_share
+from resu_compile.errors import ArgumentError, check_flag, check_share
 from resu_compile.methods.registry import register_method
 from resu_compile.methods.training_method import TrainingMethod, check_when, steps_of
 from resu_compile.phase import Phase
@@ -67,8 +67,7 @@ class GMP(TrainingMethod):
         check_when(self.start, name="start")
         check_when(self.stop, name="stop")
         check_share(self.initial, name="initial")
-        if not isinstance(self.returns, bool):
-            raise ArgumentTypeError(f"returns: expected a bool, got {self.returns!r}")
+        check_flag(self.returns, name="returns")
 
     def _plan(self, run: Run) -> tuple[int, int, int]:
         """First pruning, steps between two, number of further ones."""
@@ -95,6 +94,17 @@ class GMP(TrainingMethod):
 
     def begin(self, run: Run) -> None:
         """Prune here, if the first pruning is to be at step 0."""
+        start, stop = steps_of(self.start, run.steps), steps_of(self.stop, run.steps)
+        if not start <= stop <= run.steps:
+            raise ArgumentError(
+                f"start, stop: expected start <= stop <= {run.steps}, the steps of the run, got "
+                f"{start} and {stop}"
+            )
+        if self.initial > run.config.sparsity:
+            raise ArgumentError(
+                f"initial: expected at most {run.config.sparsity:g}, the sparsity of the run, got "
+                f"{self.initial!r}"
+            )
         self.after_step(run)
 
     def after_step(self, run: Run) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
-from resu_compile.errors import ArgumentError, check_choice, check_number
+from resu_compile.errors import ArgumentError, ArgumentTypeError, check_choice, check_number
 from resu_compile.methods.criteria import Criterion
 from resu_compile.methods.drop_and_grow import DropAndGrow
 from resu_compile.methods.registry import register_method
@@ -48,13 +48,11 @@ class MEST(DropAndGrow):
         """Check every field; the messages name the argument."""
         super().__post_init__()
         check_choice(self.mode, ("em", "em&s"), name="mode")
-        object.__setattr__(self, "stages", tuple(self.stages))
-        if self.ranges is not None:
-            object.__setattr__(self, "ranges", tuple(self.ranges))
+        for name in ("ranges", "stages"):
+            values = getattr(self, name)
+            if values is not None:
+                object.__setattr__(self, name, _shares(values, name))
         ranges, stages = self._ranges, self.stages
-        for value in (*ranges, *stages):
-            check_number(value, name="ranges and stages", minimum=0.0, maximum=1.0)
-        object.__setattr__(self, "stages", tuple(float(share) for share in stages))
         if len(ranges) != len(stages) + 1 or ranges[-1] != 0.0 or sorted(stages) != list(stages):
             raise ArgumentError(
                 f"ranges: expected one more than the {len(stages)} rising stages, the last one 0, "
@@ -85,7 +83,7 @@ class MEST(DropAndGrow):
     def new_masks(self, run: Run) -> Iterator[tuple[str, Tensor]]:
         """Prune each weight to the lower density, then grow it to the upper one."""
         share = self.range_now(run)
-        for places in run.places():
+        for places in run.trained_places():
             total, active = places.mask.numel(), int(places.mask.sum())
             kept = run.memory["counts"][places.name]
             if self.mode == "em":
@@ -97,8 +95,9 @@ class MEST(DropAndGrow):
             yield places.name, self.swapped(places, n_drop, max(upper - (active - n_drop), 0))
 
     def finish(self, run: Run) -> None:
-        """Prune to the sparsity, if the run ends before the last range."""
-        if run.step < self._borders(run)[-1]:
+        """Prune to the sparsity, if the run ends denser."""
+        counts = run.memory.get("counts", {})
+        if any(run.controller.weights[name].nnz > count for name, count in counts.items()):
             run.prune()
 
     def begin(self, run: Run) -> None:
@@ -106,3 +105,9 @@ class MEST(DropAndGrow):
         super().begin(run)
         weights = run.controller.weights
         run.memory["counts"] = {name: weight.nnz for name, weight in weights.items()}
+
+
+def _shares(values: object, name: str) -> tuple[float, ...]:
+    if not isinstance(values, (list, tuple)):
+        raise ArgumentTypeError(f"{name}: expected a sequence of numbers, got {values!r}")
+    return tuple(check_number(value, name=name, minimum=0.0, maximum=1.0) for value in values)

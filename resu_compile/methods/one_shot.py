@@ -5,24 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from resu_compile.methods.registry import AnyMethod, get_method, register_method
+from resu_compile.errors import ArgumentError
+from resu_compile.methods.registry import AnyMethod, get_method, is_calibrated, register_method
 from resu_compile.methods.training_method import TrainingMethod, check_when, steps_of
 from resu_compile.phase import Phase
 
 if TYPE_CHECKING:
+    from resu_compile.training.config import TrainingConfig
     from resu_compile.training.method_run import Run
 
 
 @register_method("one_shot")
 @dataclass(frozen=True)
 class OneShot(TrainingMethod):
-    """Prune once by magnitude, or by another method that looks at no data.
+    """Prune once by magnitude, or by another method.
 
     Source: Han et al. 2015, https://arxiv.org/abs/1506.02626
 
     Attributes:
         at: when: an int, steps, or a float, a share of all steps; 0 is before the first.
-        criterion: what ``sparsify`` takes as method, without data.
+        criterion: what ``sparsify`` takes as method; calibrated ones measure ``calibration``.
     """
 
     keeps_pattern: ClassVar[bool] = True
@@ -34,12 +36,18 @@ class OneShot(TrainingMethod):
         check_when(self.at, name="at")
         get_method(self.criterion)
 
+    def needs_calibration(self, config: TrainingConfig) -> bool:  # noqa: ARG002
+        """If the criterion does."""
+        return is_calibrated(self.criterion)
+
     def settled(self, run: Run) -> int:
         """The step of the pruning."""
         return steps_of(self.at, run.steps)
 
     def begin(self, run: Run) -> None:
         """Prune here, if it is to be at step 0."""
+        if self.settled(run) > run.steps:
+            raise ArgumentError(f"at: expected at most {run.steps} steps, got {self.at!r}")
         if self.settled(run) == 0:
             run.prune(method=self.criterion)
 

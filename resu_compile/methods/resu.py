@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from resu_compile.methods.registry import AnyMethod, get_method, register_method
+from resu_compile.methods.registry import AnyMethod, get_method, is_calibrated, register_method
 from resu_compile.methods.training_method import TrainingMethod
 
 if TYPE_CHECKING:
+    from resu_compile.training.config import TrainingConfig
     from resu_compile.training.method_run import Run
 
 
@@ -33,6 +34,17 @@ class Resu(TrainingMethod):
         """Check every field; the messages name the argument."""
         get_method(self.criterion)
 
+    def needs_calibration(self, config: TrainingConfig) -> bool:
+        """If the criterion or the commits do."""
+        from resu_compile.training.data_needs import commit_measures
+
+        commits = config.cycle.resu > 0.0 and commit_measures(self._config(config))
+        return commits or is_calibrated(self.criterion)
+
+    def _config(self, config: TrainingConfig) -> TrainingConfig:
+        """That of the cycle: its method is the pruning method."""
+        return replace(config, method=self.criterion, method_options={})
+
     def settled(self, run: Run) -> int:
         """Where the recovery begins."""
         from resu_compile.training.plan import Stage, build_plan
@@ -50,10 +62,9 @@ class Resu(TrainingMethod):
         """Build the cycle, whose state is loaded next."""
         from resu_compile.training.cycle import Cycle
 
-        config = replace(run.config, method=self.criterion, method_options={})
         run.cycle = Cycle(
             run.model,
-            config,
+            self._config(run.config),
             on_event=run.hear,
             on_pause=run.on_pause,
             calibration=run.calibration,

@@ -47,13 +47,13 @@ class SNFS(DropAndGrow):
         """Drop in each weight, share out the places, grow."""
         fraction = self.fraction_now(run)
         counts, importance, free = {}, {}, {}
-        for places in run.places():
+        for places in run.trained_places():
             active = int(places.mask.sum())
             counts[places.name] = min(math.ceil(fraction * active), active)
             free[places.name] = places.mask.numel() - active + counts[places.name]
             importance[places.name] = self._importance(places)
         grown = shared_out(sum(counts.values()), importance, free)
-        for places in run.places():
+        for places in run.trained_places():
             yield places.name, self.swapped(places, counts[places.name], grown[places.name])
 
     def _importance(self, places: Places) -> float:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from resu_compile.errors import check_number
+from resu_compile.errors import ArgumentError, check_number
 from resu_compile.methods.gmp import cubic_sparsity
 from resu_compile.methods.registry import register_method
 from resu_compile.methods.training_method import TrainingMethod, check_when, steps_of
@@ -52,10 +52,16 @@ class SoftShrinkage(TrainingMethod):
 
     def settled(self, run: Run) -> int:
         """The step of the pruning."""
-        return min(steps_of(self.stop, run.steps), run.steps)
+        return steps_of(self.stop, run.steps)
 
     def begin(self, run: Run) -> None:
         """Prune here, if ``stop`` is 0."""
+        start, stop = steps_of(self.start, run.steps), steps_of(self.stop, run.steps)
+        if not start <= stop <= run.steps:
+            raise ArgumentError(
+                f"start, stop: expected start <= stop <= {run.steps}, the steps of the run, got "
+                f"{start} and {stop}"
+            )
         self.after_step(run)
 
     def after_step(self, run: Run) -> None:

@@ -10,7 +10,6 @@ import torch
 from resu_compile.errors import check_number
 from resu_compile.methods.registry import register_method
 from resu_compile.methods.training_method import TrainingMethod
-from resu_compile.phase import Phase
 
 if TYPE_CHECKING:
     from resu_compile.training.method_run import Run
@@ -57,24 +56,21 @@ class SRSTE(TrainingMethod):
 
     def before_step(self, run: Run) -> bool:
         """Add the decay; the optimizer then sees the full weights."""
-        assert run.master is not None
         for places in run.places():
             assert places.gradient is not None
-            rate = torch.where(places.mask, 0.0, self.decay * run.loss_scale)
-            run.set_gradient(places.name, places.gradient + rate * places.weight)
-        run.master.show()
+            decay = torch.where(places.mask, 0.0, self.decay * places.weight)
+            run.set_gradient(places.name, places.gradient + decay)
+        run.show_values()
         return False
 
     def after_step(self, run: Run) -> None:
         """Take what the optimizer made of the weights, and choose the mask anew."""
-        if run.controller.phase is not Phase.DENSE:
-            return  # the step was left out
-        assert run.master is not None
-        run.master.take()
+        run.take_values()
         masks = run.chosen_masks()
         if run.step % REPORT_EVERY == 0 or run.done:
             run.hide(masks.items(), "sr_ste")
         else:
+            assert run.master is not None
             run.master.hide(masks)
 
     def finish(self, run: Run) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,6 @@ from resu_compile.errors import check_number
 from resu_compile.kernels.mask_bits import pack_mask, unpack_mask
 from resu_compile.methods.registry import register_method
 from resu_compile.methods.training_method import TrainingMethod, check_when, steps_of
-from resu_compile.phase import Phase
 from resu_compile.sparsity import topk_mask
 
 if TYPE_CHECKING:
@@ -82,36 +80,27 @@ class TopKAST(TrainingMethod):
 
     def before_step(self, run: Run) -> bool:
         """Gradient and penalty in B; the optimizer then sees the full weights."""
-        assert run.master is not None
         backward = self._backward(run)
         for places in run.places():
             active = max(run.controller.weights[places.name].nnz, 1)
             factor = torch.where(places.mask, 1.0, places.mask.numel() / active)
             assert places.gradient is not None
-            penalty = (self.penalty * run.loss_scale) * factor * places.weight
+            penalty = self.penalty * factor * places.weight
             grad = torch.where(backward[places.name], places.gradient + penalty, 0.0)
             run.set_gradient(places.name, grad)
-        run.master.show()
+        run.show_values(backward)
         return False
 
     def after_step(self, run: Run) -> None:
         """Keep what moved in B, and choose A and B if it is time."""
-        if run.controller.phase is not Phase.DENSE:
-            return  # the step was left out
         assert run.master is not None
-        backward = self._backward(run)
-        run.master.take(backward)
+        run.take_values()
         if run.step % max(steps_of(self.every, run.steps), 1) == 0 and not run.done:
-            run.hide(self._forward(run), "top_kast")
+            run.hide(run.chosen_masks().items(), "top_kast")
             self._choose_backward(run)
-            backward = self._backward(run)
         else:
             run.master.hide()
-        run.master.zero_state(backward)
-
-    def _forward(self, run: Run) -> Iterator[tuple[str, Tensor]]:
-        for places in run.places():
-            yield places.name, topk_mask(places.weight.abs(), int(places.mask.sum()))
+        run.master.zero_state(self._backward(run))
 
     def finish(self, run: Run) -> None:
         """Only A stays."""

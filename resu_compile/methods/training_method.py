@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from resu_compile.errors import ArgumentError
 
 if TYPE_CHECKING:
+    from resu_compile.training.config import TrainingConfig
     from resu_compile.training.method_run import Run
 
 
@@ -32,15 +33,26 @@ class TrainingMethod:
     scope: ClassVar[Literal["layer", "global"]] = "layer"
     keeps_pattern: ClassVar[bool] = False
 
+    def needs_calibration(self, config: TrainingConfig) -> bool:  # noqa: ARG002
+        """Whether a run by ``config`` looks at calibration data."""
+        return False
+
     def begin(self, run: Run) -> None:
         """Choose the masks of the first step. The model is dense up to here."""
 
     def resume(self, run: Run) -> None:
-        """Build what ``begin`` builds beside ``run.memory``, before a saved state is loaded."""
+        """Build what ``begin`` builds beside ``run.memory``; a run that began is then loaded."""
 
     def needs_dense_gradient(self, run: Run) -> bool:  # noqa: ARG002
         """Whether the gradient of the next step has to reach the pruned places."""
         return False
+
+    def looks_at_gradients(self, run: Run) -> bool:
+        """Whether ``before_step`` has something to do at the next step.
+
+        Such a step needs ``after_backward()``, and is left alone where its gradients overflowed.
+        """
+        return self.needs_dense_gradient(run)
 
     def before_step(self, run: Run) -> bool:  # noqa: ARG002
         """Look at the gradients; change masks if it is time.

@@ -15,11 +15,11 @@ from resu_compile.errors import (
     ArgumentError,
     ArgumentTypeError,
     check_choice,
+    check_flag,
     check_integer,
     check_known_keys,
     check_number,
     check_share,
-    check_sparsity,
 )
 from resu_compile.methods import (
     AnyMethod,
@@ -87,7 +87,7 @@ class EarlyStop:
         check_choice(self.mode, ("min", "max"), name="mode")
         check_integer(self.patience, name="patience", minimum=1)
         check_number(self.min_delta, name="min_delta", minimum=0.0)
-        _check_flag(self.recovery_only, "recovery_only")
+        check_flag(self.recovery_only, name="recovery_only")
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class TrainingConfig:
         recovery: share of them after the last cycle, in [0, 1).
         cycles: how often the weights are pruned and resurrected.
         cycle: how the steps of one cycle are divided.
-        sparsity: after the last cycle, in [0, 1).
+        sparsity: after the last cycle, in [0, 1); None is that of ``pattern``.
         initial_sparsity: before the first cycle, in [0, 1).
         schedule: how sparsity goes from the one to the other: a name of
             ``resu_compile.training.schedules.SHAPES``, one sparsity per cycle, or a function of t.
@@ -199,7 +199,8 @@ class TrainingConfig:
             check_integer(getattr(self, name), name=name, minimum=1)
         for name in ("warmup", "recovery", "initial_sparsity"):
             check_share(getattr(self, name), name=name)
-        check_sparsity(self.sparsity)
+        object.__setattr__(self, "sparsity", self.sparsity_config().sparsity)
+        self._check_pattern()
         _check_type(self.cycle, CycleShares, "cycle")
         _check_type(self.resurrection, ResurrectionConfig, "resurrection")
         for name in ("budget_start", "budget_end"):
@@ -216,8 +217,6 @@ class TrainingConfig:
                     "margin_end: expected None unless resurrection.kind is 'ceiling', which alone "
                     f"has a margin, got {self.margin_end!r}"
                 )
-        object.__setattr__(self, "sparsity", self.sparsity_config().sparsity)
-        self._check_pattern()
         if isinstance(self.targets, list):
             object.__setattr__(self, "targets", tuple(self.targets))
         if isinstance(self.exclude, list):
@@ -251,7 +250,7 @@ class TrainingConfig:
             if not isinstance(self.stats, (str, Path)):
                 raise ArgumentTypeError(f"stats: expected a path, got {self.stats!r}")
             object.__setattr__(self, "stats", str(self.stats))
-        _check_flag(self.compile, "compile")
+        check_flag(self.compile, name="compile")
         if self.has_cycles:
             build_plan(self)
 
@@ -385,8 +384,3 @@ _DATA = (
 def _check_type(value: object, kind: type[Any], name: str) -> None:
     if not isinstance(value, kind):
         raise ArgumentTypeError(f"{name}: expected a {kind.__name__}, got {value!r}")
-
-
-def _check_flag(value: object, name: str) -> None:
-    if not isinstance(value, bool):
-        raise ArgumentTypeError(f"{name}: expected a bool, got {value!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from resu_compile.errors import ArgumentError, ArgumentTypeError
-from resu_compile.methods import is_calibrated
+from resu_compile.methods import Resu, is_calibrated
 from resu_compile.training.config import TrainingConfig
 
 
@@ -21,19 +21,18 @@ def commit_measures(config: TrainingConfig) -> bool:
 
 def check_calibration(config: TrainingConfig, calibration: object) -> None:
     """Raise an error now, not at the first pruning, which may be hours away."""
-    commits = config.cycle.resu > 0.0 and commit_measures(config)
-    needed = is_calibrated(config.method) or commits
+    method = config.training_method()
+    needed = method.needs_calibration(config)
+    what = f"method {config.method!r}"
+    if isinstance(method, Resu):
+        what = f"method {method.criterion!r} and score {config.resurrection.score!r}"
     if needed and calibration is None:
         raise ArgumentError(
-            f"calibration: expected data for method {config.method!r} and score "
-            f"{config.resurrection.score!r}, got None; give batches or a function "
+            f"calibration: expected data for {what}, got None; give batches or a function "
             "forward_loop(model)"
         )
     if calibration is not None and not needed:
-        raise ArgumentError(
-            f"calibration: expected None with method {config.method!r} and score "
-            f"{config.resurrection.score!r}, which look at no data"
-        )
+        raise ArgumentError(f"calibration: expected None with {what}: no data are looked at")
     if isinstance(calibration, Iterator):
         raise ArgumentTypeError(
             "calibration: expected batches that can be iterated at each pruning anew, got a "

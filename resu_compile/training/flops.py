@@ -120,14 +120,15 @@ def count_flops(model: nn.Module, *inputs: Any, **kwargs: Any) -> ModelFlops:
         weight.parameter.untyped_storage().data_ptr(): name
         for name, weight in controller.weights.items()
     }
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     counter = _Counter(owners)
     try:
         with _plain_products(), counter:
             model(*inputs, **kwargs)
     finally:
-        model.train(training)
+        for module in training:  # each by itself: a frozen norm stays in eval mode
+            module.training = True
     return ModelFlops(counter.weights, counter.other)
 
 

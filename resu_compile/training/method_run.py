@@ -49,7 +49,7 @@ class Run:
         memory: what the method has to remember: tensors and plain data.
         master: the full values of weights that keep them where they are pruned; None without.
         cycle: the phases of a RESU run; None for all other methods.
-        postponed: whether the last update was put off because a gradient had overflowed.
+        postponed: whether the last step was left alone because a gradient had overflowed.
         loss_scale: what the loss of this step was multiplied by.
         costs: what the steps have cost.
     """
@@ -78,6 +78,8 @@ class Run:
         self.on_pause = on_pause
         self._on_event = on_event
         self._seen_backward = False
+        self._shown = False
+        self._trained: Mapping[str, Tensor] | None = None
 
     # -- where it is ---------------------------------------------------------------------------
     @property
@@ -113,19 +115,27 @@ class Run:
         for name, weight in self.controller.weights.items():
             parameter = weight.parameter
             value = parameter.detach() if self.master is None else self.master.value(name)
-            gradient = parameter.grad
+            gradient = None if parameter.grad is None else parameter.grad.detach()
             if gradient is None and self._seen_backward:
                 gradient = torch.zeros_like(value)
+            if gradient is not None and self.loss_scale != 1.0:
+                gradient = gradient / self.loss_scale
             yield Places(
                 name,
                 value,
                 weight.mask,
                 self.generator,
-                None if gradient is None else gradient.detach(),
+                gradient,
                 means.get(name),
                 squares.get(name),
                 partial(self._fill, layouts[name]) if layouts else None,
             )
+
+    def trained_places(self) -> Iterator[Places]:
+        """``places`` of the weights that train; a frozen one would only lose what it drops."""
+        for places in self.places():
+            if self.controller.weights[places.name].parameter.requires_grad:
+                yield places
 
     def _fill(self, layout: RowLayout, kept: Tensor, score: Tensor) -> Tensor:
         """The mask with the ``kept`` places and the highest scores of each group that has room."""
@@ -145,7 +155,7 @@ class Run:
             for places in self.places():
                 assert places.gradient is not None
                 wide = torch.promote_types(places.gradient.dtype, torch.float32)
-                value = places.gradient.to(wide) / self.loss_scale
+                value = places.gradient.to(wide)
                 value = value.square() if kind == "square" else value
                 known = means.get(places.name)
                 if known is None:
@@ -153,10 +163,19 @@ class Run:
                 else:
                     means[places.name] = known.to(value.device).lerp_(value, 1.0 - beta)
 
+    def forget_gradients(self) -> None:
+        """Drop what ``observe_gradients`` keeps: two copies of the weights at most."""
+        self.memory.pop("mean", None)
+        self.memory.pop("square", None)
+
     def set_gradient(self, name: str, gradient: Tensor) -> None:
-        """Let the optimizer step the weight ``name`` with ``gradient``."""
+        """Let the optimizer step the weight ``name`` with ``gradient``, that of the unscaled loss.
+
+        A weight without one, frozen or unused in this step, is left alone as by any optimizer.
+        """
         parameter = self.controller.weights[name].parameter
-        parameter.grad = gradient.to(parameter.dtype)
+        if parameter.grad is not None:
+            parameter.grad = (gradient * self.loss_scale).to(parameter.dtype)
 
     def reset_optimizer(self) -> None:
         """Forget the state that the optimizers of the masked weights have of the model."""
@@ -214,25 +233,59 @@ class Run:
         return report
 
     def chosen_masks(self) -> Mapping[str, Tensor]:
-        """The masks that the last ``prune`` would choose from the weights as they are now."""
+        """The masks that the last ``prune`` would choose from the full values of now."""
         controller = self.controller
-        return new_masks(controller.named_weights(), controller.config, controller.generator)
+        named = controller.named_weights()
+        if self.master is not None:
+            value = self.master.value
+            named = [replace(w, parameter=nn.Parameter(value(w.name), False)) for w in named]
+        return new_masks(named, controller.config, controller.generator)
 
     def remask(self, masks: Iterable[tuple[str, Tensor]], strategy: str) -> CommitReport:
         """Make ``masks`` the masks, as ``Controller.remask`` does.
 
         Args:
-            masks: name and bool mask of each weight; one after another, so that only their bits
-                are held together.
+            masks: name and bool mask of weights; one after another, so that only their bits are
+                held together. Other weights keep theirs.
             strategy: what the report calls it.
         """
-        report = self.controller.remask(PackedMasks(masks), strategy)
+        controller = self.controller
+        chosen = PackedMasks(masks)
+        for name, weight in controller.weights.items():
+            if name not in chosen:
+                chosen.add(name, weight.mask)
+        report = controller.remask(chosen, strategy)
         self.tell("update", report)
         return report
 
+    # -- values of pruned weights ----------------------------------------------------------------
     def keep_values(self) -> None:
         """From now on pruned weights keep their values in ``master``."""
         self.master = MasterWeights(self.controller)
+
+    def show_values(self, trained: Mapping[str, Tensor] | None = None) -> None:
+        """Let the optimizer see the full values in its next step.
+
+        Args:
+            trained: weight name -> bool mask of where it may change them; None is everywhere.
+        """
+        assert self.master is not None
+        self.master.show()
+        self._shown, self._trained = True, trained
+
+    def take_values(self) -> None:
+        """Take over what the optimizer made of the values that were shown, if any were."""
+        if self._shown:
+            assert self.master is not None
+            self.master.take(self._trained)
+            self._shown, self._trained = False, None
+
+    def conceal(self) -> None:
+        """Between ``optimizer.step()`` and ``after_step()``: the model as forward passes see it."""
+        if self._shown:
+            self.take_values()
+            assert self.master is not None
+            self.master.hide()
 
     def hide(self, masks: Iterable[tuple[str, Tensor]], strategy: str) -> CommitReport:
         """``remask`` with values and optimizer state kept at pruned places.

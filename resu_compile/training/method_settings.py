@@ -7,7 +7,12 @@ from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
 from resu_compile.errors import ArgumentError, ArgumentTypeError
-from resu_compile.methods import TrainingMethod, is_training_method, training_method_names
+from resu_compile.methods import (
+    TrainingMethod,
+    is_training_method,
+    method_names,
+    training_method_names,
+)
 from resu_compile.methods.registry import name_of
 
 if TYPE_CHECKING:
@@ -35,14 +40,16 @@ def settle_method(config: TrainingConfig) -> None:
     from its defaults. ``scope`` and ``distribution`` become those of the method, if they are None.
 
     Raises:
-        ArgumentError: options without a training method, or settings of cycles with another one
-            than RESU.
-        ArgumentTypeError: ``method_options`` is no mapping.
+        ArgumentError: an unknown method, options without a training method, or settings of cycles
+            with another one than RESU.
+        ArgumentTypeError: ``method_options`` is no mapping from names.
     """
-    if not isinstance(config.method_options, Mapping):
+    options = config.method_options
+    if not isinstance(options, Mapping) or not all(isinstance(key, str) for key in options):
         raise ArgumentTypeError(
-            f"method_options: expected a mapping of settings, got {config.method_options!r}"
+            f"method_options: expected a mapping from names to settings, got {options!r}"
         )
+    _check_method(config.method)
     scope, distribution = "layer", "uniform"
     if is_training_method(config.method):
         method = config.training_method()
@@ -63,6 +70,18 @@ def settle_method(config: TrainingConfig) -> None:
     if config.distribution is None:
         alone = config.scope == "layer" and config.pattern is None
         _set(config, "distribution", distribution if alone else "uniform")
+
+
+def _check_method(method: object) -> None:
+    """A name is known, of either kind, and a class is not taken for its objects."""
+    known = sorted([*method_names(), *training_method_names()])
+    if isinstance(method, str) and method not in known:
+        raise ArgumentError(f"method: unknown method {method!r}; registered: {', '.join(known)}")
+    if isinstance(method, type):
+        raise ArgumentError(
+            f"method: expected a name ({', '.join(known)}) or an object, got the class "
+            f"{method.__name__}; {method.__name__}() makes an object"
+        )
 
 
 def _set(config: TrainingConfig, name: str, value: Any) -> None:

@@ -23,10 +23,10 @@ from resu_compile.methods import TrainingMethod
 from resu_compile.methods.registry import name_of
 from resu_compile.phase import Phase, Routing
 from resu_compile.runtime.controller import find_controller
-from resu_compile.runtime.master_weights import MasterWeights
 from resu_compile.training.attach import attach
 from resu_compile.training.config import TrainingConfig
 from resu_compile.training.cycle import CycleEvent, CycleStats
+from resu_compile.training.data_needs import check_calibration
 from resu_compile.training.distributed import masks_of_first, plain_model
 from resu_compile.training.method_run import Run
 from resu_compile.training.method_stats import UpdateStats
@@ -54,7 +54,7 @@ class SparseTraining(Run):
         on_event: called with each ``CycleEvent``: ``"prune"``, ``"update"``, ``"rewind"`` (of a
             lottery ticket, without a report), and those of a RESU run.
         on_pause: of a RESU run, as in ``Cycle``.
-        calibration: the same.
+        calibration: what a calibrated ``criterion`` measures, as in ``Cycle``.
 
     Attributes:
         method: the training method; those of ``Run`` besides.
@@ -80,6 +80,7 @@ class SparseTraining(Run):
             plain, config, on_event=on_event, on_pause=on_pause, calibration=calibration
         )
         self.method: TrainingMethod = config.training_method()
+        check_calibration(config, calibration)
         self._started = False
         attach(plain, config)
         self.controller.agree = masks_of_first
@@ -115,10 +116,17 @@ class SparseTraining(Run):
         """
         if not self._started:
             self._started = True
-            self.controller.set_phase("dense")
+            self._forget_masks()
             self.method.begin(self)
             self._prepare_step()
         return self
+
+    def _forget_masks(self) -> None:
+        """The DENSE phase, with full masks: those of a run before are none of this one."""
+        controller = self.controller
+        if controller.sparsity > 0.0:
+            controller.remask({name: torch.ones_like(m) for name, m in controller.masks.items()})
+        controller.set_phase("dense")
 
     def after_backward(self, *, loss_scale: float = 1.0) -> bool:
         """Look at the gradients, and change the masks if it is time.
@@ -130,12 +138,20 @@ class SparseTraining(Run):
         Returns:
             False if a change of masks takes the place of this step. All gradients are then None, so
             that ``optimizer.step()`` does nothing; ``GradScaler.step()`` has to be left out.
+
+        Raises:
+            ArgumentError: all steps are done, or it was called before in this step.
         """
         self._check_goes_on("after_backward")
         self.start()
+        if self._seen_backward:
+            raise ArgumentError(
+                "after_backward: expected one call a step, after the last backward() of it, got "
+                "another one before after_step()"
+            )
         self._seen_backward = True
         controller, self.loss_scale = self.controller, loss_scale
-        if loss_scale != 1.0 and controller.dense_gradients and not self._is_finite():
+        if loss_scale != 1.0 and self.method.looks_at_gradients(self) and not self._is_finite():
             self.postponed = True
             return True  # the scaler leaves this step out
         replaced = self.method.before_step(self)
@@ -177,6 +193,7 @@ class SparseTraining(Run):
         Returns:
             The model.
         """
+        self.start()
         self.method.finish(self)
         controller = find_controller(self.model)
         if controller is not None:
@@ -205,13 +222,16 @@ class SparseTraining(Run):
     def _needs_backward(self) -> bool:
         controller = find_controller(self.model)
         return controller is not None and (
-            controller.dense_gradients or self.method.needs_dense_gradient(self)
+            controller.dense_gradients or self.method.looks_at_gradients(self)
         )
 
     def _is_finite(self) -> bool:
-        grads = [parameter.grad for parameter in self.model.parameters()]
-        checks = [torch.isfinite(grad).all() for grad in grads if grad is not None]
-        return all(bool(check) for check in checks)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if not grads:
+            return True
+        device = grads[0].device
+        checks = [torch.isfinite(grad).all().to(device) for grad in grads]
+        return bool(torch.stack(checks).all())  # waits for the device once
 
     # -- state ---------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:
@@ -255,12 +275,14 @@ class SparseTraining(Run):
         self.updates = [UpdateStats(**update) for update in state["updates"]]
         self.memory = _copied(state["memory"])
         self.costs.load_state_dict(state["costs"])
+        self.master, self.cycle = None, None
         if state["master"] is not None:
-            self.master = MasterWeights(self.controller)
+            self.keep_values()
+            assert self.master is not None
             self.master.load_state_dict(state["master"])
-        if state["cycle"] is not None:
+        if self._started:
             self.method.resume(self)
-            assert self.cycle is not None
+        if self.cycle is not None and state["cycle"] is not None:
             self.cycle.load_state_dict(state["cycle"])
         if self._started:
             self._prepare_step()

@@ -129,6 +129,7 @@ class Trainer:
             model, config, on_event=self._on_event, on_pause=on_pause, calibration=calibration
         )
         self._method = self.cycle if isinstance(self.cycle, SparseTraining) else None
+        self._check_early_stop()
         self.model = self.cycle.model
         self._writer = StatsWriter(config.stats if is_first() else None)
         self._patience = Patience(config.early_stop) if config.early_stop else None
@@ -139,6 +140,16 @@ class Trainer:
         # of the beginning, for a method that goes back to it
         self._schedule = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
         self._stepper = Stepper(model, optimizer, loss_fn, config, scheduler)
+
+    def _check_early_stop(self) -> None:
+        rule, run = self.config.early_stop, self._method
+        if rule is None or run is None or not rule.recovery_only:
+            return
+        if run.method.settled(run) >= run.steps:
+            raise ArgumentError(
+                f"early_stop.recovery_only: expected False with method={self.config.method!r}, "
+                "whose masks change up to the last step, so that no recovery begins; got True"
+            )
 
     @property
     def stats(self) -> list[Record]:
@@ -200,6 +211,8 @@ class Trainer:
         span, done = cycle.span, cycle.step_index + 1
         assert self._batches is not None
         loss = self._stepper.step(self._batches, done, self._method)
+        if self._method is not None:
+            self._method.conceal()  # no one looks at what only the optimizer is to see
         if done % config.log_every == 0 or done == span.stop:
             self._stepper.watch.check()  # before a pruning, which would name no step
             self._log(loss, span, done)
@@ -313,14 +326,13 @@ class Trainer:
             self._writer.write("stop", cycle.step_index, reason=reason)
             for callback in self.callbacks:
                 callback.on_stop(self, reason)
+        cycle.finish()  # a run that stops early may be pruned here
         controller = find_controller(self.model)
         sparsity = 0.0 if controller is None else controller.sparsity
-        method = None
+        told = {}
         if self._method is not None and controller is not None:
-            method = self._method.stats().as_dict()
-        cycle.finish()
+            told["method"] = self._method.stats().as_dict()
         best = None if self._patience is None else self._patience.best
-        told = {} if method is None else {"method": method}
         self._writer.write("end", cycle.step_index, sparsity=sparsity, best=best, **told)
         result = TrainingResult(
             tuple(cycle.history), tuple(self.stats), best, self._stopped, cycle.step_index

@@ -73,10 +73,12 @@ def test_masks_follow_the_mean_gradient():
 def test_layers_differ_and_the_total_holds(grow):
     run = make_run("snfs", options={"every": 2, "grow": grow})
     optimizer = torch.optim.Adam(run.model.parameters(), lr=0.05)
-    drive(run.start(), optimizer)
+    drive(run.start(), optimizer, until=14)
+    assert ("square" in run.memory) is (grow == "adam_momentum")  # no more memory than it takes
+    drive(run, optimizer)
+    assert not {"mean", "square"} & set(run.memory)  # nothing grows any more
     counts = {name: weight.nnz for name, weight in run.controller.weights.items()}
     assert sum(counts.values()) == 48  # a quarter of 128 and of 64
     assert counts["0.weight"] != 32
     assert_sparse(run, optimizer)
     assert not run.controller.dense_gradients
-    assert ("square" in run.memory) is (grow == "adam_momentum")  # no more memory than it takes
