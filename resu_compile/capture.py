@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from resu_compile.passes.find_weights import WeightSite, find_weights
+from resu_compile.passes.fx_utils import copy_graph_module
+from resu_compile.passes.released_values import use_released_weights_themselves
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,10 @@ def capture(model: nn.Module, *inputs: Any, **kwargs: Any) -> list[CapturedGraph
 
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         parameters = {i: p for i, p in enumerate(example_inputs) if isinstance(p, nn.Parameter)}
-        sites, _ = find_weights(gm, list(parameters))
-        graphs.append(CapturedGraph(gm, parameters, sites))
+        seen = copy_graph_module(gm)
+        use_released_weights_themselves(seen)
+        sites, _ = find_weights(seen, list(parameters))
+        graphs.append(CapturedGraph(seen, parameters, sites))
         return gm.forward
 
     def call(*args: Any, **kw: Any) -> Any:

@@ -2,6 +2,9 @@
 
 What touches the values in eager mode (a call outside of a compiled graph, ``state_dict()``, a copy)
 works on a dense tensor that is unpacked for it and dropped again; what would write or train raises.
+
+A graph of another backend that a released weight is traced into unpacks it at each call, by the op
+``resu_compile::released_value``; passes/released_values.py takes that out of the package's own.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeGuard, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +61,12 @@ class ReleasedParameter(nn.Parameter):
     ) -> Any:
         """Metadata is that of the parameter; everything else sees the dense value."""
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():  # traced: the graph replaces the use, see variants.py
+        if torch.compiler.is_dynamo_compiling():  # traced
+            with torch._C.DisableTorchFunctionSubclass():
+                args = tuple([_traced(value) for value in args])
+                kwargs = {key: _traced(value) for key, value in kwargs.items()}
+                return func(*args, **kwargs)
+        if torch.compiler.is_compiling():  # looked at by a tracer
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         name, verb = _name_of(func)
@@ -89,6 +98,15 @@ class ReleasedParameter(nn.Parameter):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled as a plain dense parameter."""
         return nn.Parameter(self.read(), self.requires_grad).__reduce_ex__(protocol)
+
+
+def _traced(value: Any) -> Any:
+    """What a traced call takes in place of an argument."""
+    if isinstance(value, ReleasedParameter):
+        return torch.ops.resu_compile.released_value.default(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)([_traced(part) for part in value])
+    return value
 
 
 def _name_of(func: Callable[..., Any]) -> tuple[str, str]:
@@ -126,6 +144,45 @@ def _refuse_training(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     tree_map_only(ReleasedParameter, refuse, (args, dict(kwargs)))
 
 
+# -- in graphs of other backends -----------------------------------------------------------------
+# address of the one NaN that a parameter holds -> the parameter
+_by_address: WeakValueDictionary[int, ReleasedParameter] = WeakValueDictionary()
+
+
+@torch.library.custom_op(
+    "resu_compile::released_value", mutates_args=(), tags=(torch.Tag.needs_exact_strides,)
+)
+def released_value(stand_in: Tensor) -> Tensor:
+    """The dense value of the released parameter that ``stand_in`` is, or is an alias of.
+
+    Raises:
+        PhaseError: it is none, because the graph was taken elsewhere.
+    """
+    parameter = _by_address.get(stand_in.data_ptr())
+    if parameter is None or not is_released(parameter):
+        raise PhaseError(
+            "released_value: expected a weight that release_dense() freed in this process, got "
+            f"another tensor of shape {tuple(stand_in.shape)}; {RESTORE} before a graph is "
+            "taken elsewhere, and resu_compile.export(model, ...) writes the packed weights"
+        )
+    return parameter.read()
+
+
+@released_value.register_fake
+def _(stand_in: Tensor) -> Tensor:
+    return stand_in.new_empty(stand_in.shape)
+
+
+def _no_gradient(_ctx: Any, *_: Any) -> Any:
+    raise PhaseError(
+        "backward: expected a call without gradients, because release_dense() freed a dense "
+        f"weight for inference; {RESTORE} for training"
+    )
+
+
+released_value.register_autograd(_no_gradient)
+
+
 def is_released(parameter: Any) -> TypeGuard[ReleasedParameter]:
     """Whether the dense storage of ``parameter`` is freed."""
     return type(parameter) is ReleasedParameter
@@ -154,6 +211,7 @@ def hollow(parameter: nn.Parameter, name: str, read: Callable[[], Tensor]) -> in
     parameter.__class__ = ReleasedParameter
     released = cast("ReleasedParameter", parameter)
     released.read, released.weight_name = read, name
+    _by_address[parameter.data_ptr()] = released
     return size
 
 

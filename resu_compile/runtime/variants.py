@@ -25,6 +25,7 @@ from resu_compile.passes.base import PassReport
 from resu_compile.passes.effective_weight import route_gradients
 from resu_compile.passes.find_weights import WeightSite, find_weights
 from resu_compile.passes.fx_utils import call_name, copy_graph_module
+from resu_compile.passes.released_values import use_released_weights_themselves
 from resu_compile.passes.sparse_matmul import drop_unused, insert_sparse_matmuls
 from resu_compile.phase import Phase, Routing
 from resu_compile.runtime.controller import Controller
@@ -77,6 +78,7 @@ class GraphVariants:
         adopt: Adopt | None = None,
     ) -> None:
         self.gm = copy_graph_module(gm)
+        use_released_weights_themselves(self.gm)
         self.config = config
         self.training = torch.is_grad_enabled() and any(
             isinstance(value, Tensor) and value.requires_grad for value in example_inputs

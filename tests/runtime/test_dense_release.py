@@ -13,9 +13,8 @@ from torch import nn
 
 import resu_compile as resu
 from resu_compile.errors import ArgumentTypeError, PhaseError
-from resu_compile.runtime.released import ReleasedParameter, hollow, refill
+from resu_compile.runtime.released import ReleasedParameter, hollow, refill, released_value
 from tests.compiling import Backend, no_recompile
-from tests.graphs import captured
 
 CUDA = torch.cuda.is_available()
 
@@ -255,8 +254,6 @@ def test_what_tells_of_the_tensor_unpacks_nothing():
     assert not parameter.is_conj()
     assert not parameter._is_view()
     parameter.grad = None
-    with torch.no_grad():
-        captured(lambda x: x @ parameter.t(), X[:, :6])
     assert reads == []
     with torch.no_grad():
         assert torch.equal(parameter.T, value.T)
@@ -265,6 +262,43 @@ def test_what_tells_of_the_tensor_unpacks_nothing():
     refill(parameter)
     assert type(parameter) is nn.Parameter
     assert torch.equal(parameter, value)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_graphs_of_other_backends_unpack(backend):
+    model, ctl, _, _, before = released()
+    q = model.state_dict()["q.weight"]
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            return self.inner(x) * 2, torch.cat([self.inner.q.weight, self.inner.k.weight]).sum()
+
+    call = torch.compile(Outer(), backend=backend, fullgraph=True)
+    expected = q.sum() + model.state_dict()["k.weight"].sum()
+    with torch.no_grad():
+        for _ in range(2):
+            product, total = call(X)
+            torch.testing.assert_close(product, before * 2)
+            torch.testing.assert_close(total, expected)
+        ctl.restore_dense()
+        torch.testing.assert_close(call(X)[0], before * 2)
+
+
+def test_a_gradient_through_another_backend_raises():
+    model, *_ = released()
+    call = torch.compile(model, backend="aot_eager")
+    failed = torch._dynamo.exc.BackendCompilerFailed
+    with pytest.raises(failed, match="PhaseError: backward: expected a call without gradients"):
+        call(X)
+
+
+def test_a_value_of_no_released_weight_raises():
+    with pytest.raises(PhaseError, match="freed in this process, got another tensor of shape"):
+        released_value(torch.zeros(3, 4))
 
 
 def test_optimizers_pass_released_weights_by():
