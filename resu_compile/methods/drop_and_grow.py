@@ -121,10 +121,12 @@ class DropAndGrow(TrainingMethod):
     def is_due(self, run: Run) -> bool:
         """Whether the masks are updated when ``run.step`` steps are done."""
         every = max(steps_of(self.every, run.steps), 1)
-        if run.postponed and self._is_before_step:
-            return True
         on_time = steps_of(self.start, run.steps) < run.step and run.step % every == 0
-        return on_time and run.step < self.settled(run)
+        return (on_time or self._is_late(run)) and run.step < self.settled(run)
+
+    def _is_late(self, run: Run) -> bool:
+        """Whether the update of the last step waits for gradients that have not overflowed."""
+        return run.postponed and self._is_before_step
 
     def fraction_now(self, run: Run) -> float:
         """f, with ``end + (f - end) decay(min(t, T) / T)``, T the step of ``stop``."""
@@ -172,7 +174,9 @@ class DropAndGrow(TrainingMethod):
             run.forget_gradients()
 
     def update(self, run: Run) -> None:
-        """Drop and grow in every weight."""
+        """Drop and grow in every weight; not before the first gradient that is finite."""
+        if self._needs & {"momentum", "moments"} and "mean" not in run.memory:
+            return
         run.remask(self.new_masks(run), self.label)
 
     def new_masks(self, run: Run) -> Iterator[tuple[str, Tensor]]:

@@ -71,7 +71,7 @@ class MEST(DropAndGrow):
 
     def is_due(self, run: Run) -> bool:
         """As for the others, and where a range ends: the last one brings the final sparsity."""
-        return super().is_due(run) or run.step in self._borders(run)
+        return super().is_due(run) or run.step in self._borders(run) or self._is_late(run)
 
     def _borders(self, run: Run) -> list[int]:
         return [steps_of(share, run.steps) for share in self.stages]

@@ -78,6 +78,24 @@ def test_the_last_range_comes_late_but_it_comes():
     assert [weight.nnz for weight in run.controller.weights.values()] == [32, 16]
 
 
+def test_no_gradient_so_far_is_no_reason_to_grow():
+    """All steps up to SNFS's first update have overflowed."""
+    run = make_run("snfs", options={"every": 2}, steps=8).start()
+    optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
+    while not run.done:
+        scaled_step(run, optimizer, make_batches()[0], scale=64.0, overflow=run.step < 2)
+    assert [update.step for update in run.updates] == [0, 4]
+
+
+def test_a_late_update_does_not_pass_the_stop():
+    """Its fraction would be 0, and it would take the place of a step."""
+    run = make_run("rigl", options={"every": 2, "stop": 5}, steps=8).start()
+    optimizer = torch.optim.SGD(run.model.parameters(), lr=0.1)
+    while not run.done:
+        scaled_step(run, optimizer, make_batches()[0], scale=64.0, overflow=run.step == 4)
+    assert [update.step for update in run.updates] == [0, 2]
+
+
 # -- calls ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "options"), [("mest", WITH_GRADIENT), ("set", {"every": 2, "replaces_step": True})]
