@@ -22,8 +22,7 @@ struct Args {
   u32 room;            // rows of a block at most
   u32 log_q;
   u32 activation;      // position in ACTIVATIONS
-  u32 slots;           // of a warp's ring, 0 without
-  u32 ends_at, sums_at, ring_at, barriers_at;  // bytes from the start of shared memory
+  u32 ends_at, sums_at;  // bytes from the start of shared memory
 };
 
 #define WARP 32
@@ -36,7 +35,7 @@ constexpr bool WIDE_X = X_KIND == 0 || RM == 1;  // kept as fp32 in shared memor
 constexpr int CELL = RM * (WIDE_X ? 4 : 2);      // bytes of a column of x: E above
 constexpr int BANKS = 128 / CELL;
 constexpr u32 VAL_CHUNK = VECTORS * WARP * 16, GAP_CHUNK = WARP * 2 * GAP_BITS;  // bytes
-constexpr u32 BASE_CHUNK = WARP * BASE_BYTES, SLOT = VAL_CHUNK + GAP_CHUNK + BASE_CHUNK;
+constexpr u32 BASE_CHUNK = WARP * BASE_BYTES;
 
 __device__ __forceinline__ float from_half(u32 bits) {
   float y;
@@ -100,12 +99,7 @@ struct Group {
   u32 base;
 };
 
-#if RING
-template <typename T>
-__device__ __forceinline__ T read(const T* p) {
-  return *p;
-}
-#else  // from memory, once
+// Read what is needed once.
 __device__ __forceinline__ uint4 read(const uint4* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -124,11 +118,13 @@ template <typename T>
 __device__ __forceinline__ T read(const T* p) {
   return __ldg(p);
 }
-#endif
 
 // A lane's group of a chunk.
-__device__ __forceinline__ void load(Group& g, const void* val, const void* gap, const void* base) {
+__device__ __forceinline__ void load(Group& g, const Args& a, u32 chunk) {
   const u32 lane = threadIdx.x & (WARP - 1);
+  const unsigned char* val = (const unsigned char*)a.val + (u64)chunk * VAL_CHUNK;
+  const unsigned char* gap = (const unsigned char*)a.gap + (u64)chunk * GAP_CHUNK;
+  const unsigned char* base = (const unsigned char*)a.base + (u64)chunk * BASE_CHUNK;
 #pragma unroll
   for (int v = 0; v < VECTORS; ++v) g.val[v] = read((const uint4*)val + v * WARP + lane);
 #if GAP_BITS == 8
@@ -144,46 +140,6 @@ __device__ __forceinline__ void load(Group& g, const void* val, const void* gap,
   g.base = read((const u16*)base + lane);
 #endif
 }
-
-__device__ __forceinline__ void load(Group& g, const Args& a, u32 chunk) {
-  load(g, (const unsigned char*)a.val + (u64)chunk * VAL_CHUNK,
-       (const unsigned char*)a.gap + (u64)chunk * GAP_CHUNK,
-       (const unsigned char*)a.base + (u64)chunk * BASE_CHUNK);
-}
-
-__device__ __forceinline__ u32 address(const void* p) {
-  return (u32)__cvta_generic_to_shared(p);
-}
-
-#if RING
-__device__ __forceinline__ void bulk(unsigned char* to, const void* from, u64 at, u32 bytes,
-                                     u64* barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-          "r"(address(to)), "l"((const unsigned char*)from + at), "r"(bytes), "r"(address(barrier))
-      : "memory");
-}
-
-// Fill a slot, by one lane; the barrier's phase ends when all is there.
-__device__ __forceinline__ void request(const Args& a, unsigned char* slot, u64* barrier,
-                                        u32 chunk) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address(barrier)),
-               "r"(SLOT) : "memory");
-  bulk(slot, a.val, (u64)chunk * VAL_CHUNK, VAL_CHUNK, barrier);
-  bulk(slot + VAL_CHUNK, a.gap, (u64)chunk * GAP_CHUNK, GAP_CHUNK, barrier);
-  bulk(slot + VAL_CHUNK + GAP_CHUNK, a.base, (u64)chunk * BASE_CHUNK, BASE_CHUNK, barrier);
-}
-
-__device__ __forceinline__ void await(u64* barrier, u32 parity) {
-  u32 done;
-  do {
-    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-                 "selp.u32 %0, 1, 0, p; }" : "=r"(done) : "r"(address(barrier)), "r"(parity)
-                 : "memory");
-  } while (!done);
-}
-
-#endif
 
 // Bring the first lines of a part of the weight to L2.
 __device__ __forceinline__ void prefetch(const Args& a, u32 chunk, u32 count) {
@@ -217,8 +173,9 @@ __device__ __forceinline__ u32 dot4(u32 bytes, u32 factors, u32 sum) {
 // From global to shared memory, past the registers.
 template <int BYTES>
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(
-                   address(to)), "l"(from), "n"(BYTES) : "memory");
+  const u32 address = (u32)__cvta_generic_to_shared(to);
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(BYTES)
+               : "memory");
 }
 
 struct Place {

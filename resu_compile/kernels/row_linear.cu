@@ -10,11 +10,15 @@
 // values and q a power of two that is at least K E / 128: lanes that read columns q apart find
 // different banks.
 //
-// Follows row_group.cu. Defined by the including source: X_KIND and W_KIND, the dtypes of x and of the weight (0 fp32,
-// 1 fp16, 2 bf16); RM, rows of x, 1, 2, 4 or 8; RAW_ROWS, how many of them are brought at once;
-// GAP_BITS, 4 or 8; WIDE_BASE, base columns of 32 bits; STAGED, x in shared memory, else it is read
-// where it is; RING, each warp has slots in shared memory that bulk copies fill ahead (9.0 and up),
-// else the next group is on its way to registers; MAX_THREADS.
+// Follows row_group.cu. Defined by the including source: X_KIND and W_KIND, the dtypes of x and of
+// the weight (0 fp32, 1 fp16, 2 bf16); RM, rows of x, 1, 2, 4 or 8; RAW_ROWS, how many of them are
+// brought at once; GAP_BITS, 4 or 8; WIDE_BASE, base columns of 32 bits; STAGED, x in shared memory,
+// else it is read where it is; MAX_THREADS.
+//
+// A lane has one group at hand and the next on its way to registers. Rings in shared memory that
+// bulk copies fill further ahead were not faster: with x of one row in bf16, weight 14336 x 4096 at
+// 90, 70 and 50 % sparsity, 10.2, 17.5 and 25.3 us against 8.9, 16.2 and 23.6 (H200); with 8 rows
+// of x the same.
 
 // -- x into shared memory --------------------------------------------------------------------
 #if STAGED
@@ -126,13 +130,6 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) row_linear(Args a) 
   float* sums = (float*)raw;
   const u32 own = warp * a.steps < a.chunks ? min(a.steps, a.chunks - warp * a.steps) : 0u;
   u32 chunk = block * a.chunks + warp * a.steps;
-#if RING
-  unsigned char* ring = shared + a.ring_at + warp * a.slots * SLOT;
-  u64* barriers = (u64*)(shared + a.barriers_at) + warp * a.slots;
-  if (lane < a.slots)
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address(barriers + lane)) : "memory");
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
 #if __CUDA_ARCH__ >= 900
   // Bring the beginning of the weight nearer before the results of the kernel before are awaited;
   // it is read afterwards, since that kernel may have written it.
@@ -156,15 +153,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) row_linear(Args a) 
   for (u32 r = threadIdx.x; r < a.room; r += blockDim.x)
     copy_async<4>(ends + r, a.ends + block * a.room + r);
   if (threadIdx.x == 0) ends[a.room] = 0x7fffffff;
-  Group now;
-#if RING
-  __syncwarp();
-  if (lane == 0)
-    for (u32 s = 0; s < min(a.slots, own); ++s) request(a, ring + s * SLOT, barriers + s, chunk + s);
-#else
-  Group next;
+  Group now, next;
   if (own) load(now, a, chunk);
-#endif
   u32 row = own ? a.lead[chunk] : a.room;
   const u32 behind = (warp + 1) * a.steps < a.chunks ? a.lead[chunk + a.steps] : a.room;
   const u32 first = a.first[block], rows = a.first[block + 1] - first;
@@ -186,9 +176,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) row_linear(Args a) 
   asm volatile("cp.async.wait_all;" ::: "memory");
   __syncthreads();
 
-#if !RING
   if (own > 1) load(next, a, chunk + 1);
-#endif
   // no sums yet in the places of this warp: from its first row to that of the next warp
   for (u32 i = (row + warp) * (WARP * RM / 4) + lane; i < (behind + warp + 1) * (WARP * RM / 4);
        i += WARP)
@@ -199,24 +187,11 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) row_linear(Args a) 
   float acc[RM];
 #pragma unroll
   for (int m = 0; m < RM; ++m) acc[m] = 0.0f;
-#if RING
-  u32 slot = 0, parity = 0;
-#endif
   for (u32 s = 0; s < own; ++s) {
-#if RING
-    const unsigned char* from = ring + slot * SLOT;
-    await(barriers + slot, parity);
-    load(now, from, from + VAL_CHUNK, from + VAL_CHUNK + GAP_CHUNK);
-    __syncwarp();
-    if (lane == 0 && s + a.slots < own)
-      request(a, ring + slot * SLOT, barriers + slot, chunk + s + a.slots);
-    if (++slot == a.slots) slot = 0, parity ^= 1;
-#else
     if (s) {
       now = next;
       if (s + 1 < own) load(next, a, chunk + s + 1);
     }
-#endif
     if (group >= row_end) {
       put_sums(sums, (row + warp) * WARP + lane, acc);
       do row_end = ends[++row]; while (group >= row_end);

@@ -23,14 +23,12 @@ from resu_compile.kernels._nvrtc import CudaModule, load_module
 from resu_compile.kernels._triton import HAS_TRITON, cdiv
 from resu_compile.kernels.plan import ACTIVATIONS, apply_activation
 from resu_compile.kernels.row_linear_triton import row_linear_triton
-from resu_compile.kernels.row_order import CHUNK, GROUP
+from resu_compile.kernels.row_order import CHUNK
 from resu_compile.kernels.row_weight import RowWeight, unpack_rows
 
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # X_KIND and W_KIND
 WARP = 32
-RING = False  # groups come by bulk copies into shared memory, not by loads into registers
 MAX_GRID = 65535  # blocks in y
-MAX_SLOTS = 8  # of a warp: some 12 KB on their way
 
 
 # -- reference -------------------------------------------------------------------------------
@@ -53,8 +51,7 @@ class _Args(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("lead", "bias", "y")),
         *((name, ctypes.c_uint32) for name in ("rows", "out_features", "in_features", "chunks")),
         *((name, ctypes.c_uint32) for name in ("steps", "inverse", "room", "log_q")),
-        *((name, ctypes.c_uint32) for name in ("activation", "slots", "ends_at", "sums_at")),
-        *((name, ctypes.c_uint32) for name in ("ring_at", "barriers_at")),
+        *((name, ctypes.c_uint32) for name in ("activation", "ends_at", "sums_at")),
     )
 
 
@@ -67,18 +64,20 @@ class RowLaunch:
         raw_rows: of those that are brought to shared memory at once; 0: x is read where it is.
         threads: of a block.
         steps: groups of a lane, one after the other.
-        slots: chunks of 32 groups that a warp has asked for into shared memory; 0: none.
         log_q: binary logarithm of the columns of x in one bank of shared memory.
-        offsets: bytes to ``ends``, the sums, the rings, the barriers and the end of shared memory.
+        ends_at: bytes of shared memory before ``ends``: x.
+        sums_at: bytes before the partial sums.
+        shared_bytes: of shared memory.
     """
 
     rows: int
     raw_rows: int
     threads: int
     steps: int
-    slots: int
     log_q: int
-    offsets: tuple[int, int, int, int, int]
+    ends_at: int
+    sums_at: int
+    shared_bytes: int
 
 
 def max_threads(rows: int) -> int:
@@ -88,13 +87,7 @@ def max_threads(rows: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def row_launch(
-    rows: int,
-    in_features: int,
-    x_bytes: int,
-    slot_bytes: int,
-    capacity: int,
-    room: int,
-    shared_limit: int,
+    rows: int, in_features: int, x_bytes: int, capacity: int, room: int, shared_limit: int
 ) -> RowLaunch | None:
     """The launch for ``rows`` rows of x; None if shared memory holds not even the sums of one.
 
@@ -102,15 +95,13 @@ def row_launch(
         rows: rows of x, >= 1.
         in_features: K.
         x_bytes: of one value of x.
-        slot_bytes: of a chunk of 32 groups in shared memory; 0: they come to registers.
         capacity: groups of a block, as of ``RowWeight``.
         room: rows of the weight of a block, as of ``RowWeight``.
         shared_limit: bytes of shared memory that a block may have.
     """
-    most = min(next_power_of_2(rows), 16 // x_bytes)
     chunks = capacity // CHUNK
-    for tile, raw_rows, threads in _tiles(most):
-        steps = cdiv(chunks, threads // WARP)
+    for tile, raw_rows in _tiles(min(next_power_of_2(rows), 16 // x_bytes)):
+        steps = cdiv(chunks, max_threads(tile) // WARP)
         warps = cdiv(chunks, steps)
         cell = 4 if tile == 1 else tile * x_bytes
         log_q = next_power_of_2(cdiv(in_features * cell, 128)).bit_length() - 1
@@ -118,33 +109,26 @@ def row_launch(
         sums_at = ends_at + (room // 32 + 1) * 128
         sums = (room + warps + 1) * WARP * tile * 4
         raw = raw_rows * (128 // cell) * ((x_bytes << log_q) + 16)
-        ring_at = sums_at + cdiv(max(sums, raw), 128) * 128
-        slots = least = 0
-        if slot_bytes:
-            room_left = shared_limit - ring_at
-            slots, least = min(steps, room_left // (warps * (slot_bytes + 8)), MAX_SLOTS), 2
-        if ring_at <= shared_limit and slots >= min(steps, least):
-            barriers_at = ring_at + warps * slots * slot_bytes
-            end = barriers_at + warps * slots * 8
-            offsets = (ends_at, sums_at, ring_at, barriers_at, end)
-            return RowLaunch(tile, raw_rows, warps * WARP, steps, slots, log_q, offsets)
+        end = sums_at + cdiv(max(sums, raw), 128) * 128
+        if end <= shared_limit:
+            return RowLaunch(tile, raw_rows, warps * WARP, steps, log_q, ends_at, sums_at, end)
     return None
 
 
-def _tiles(most: int) -> Iterator[tuple[int, int, int]]:
-    """Rows of x at once, how many of them are brought at once, and threads; the better first."""
-    tile = most
-    while tile:
-        for threads in (max_threads(tile), 512):
-            raw_rows = tile
-            while raw_rows:
-                yield tile, raw_rows, threads
-                raw_rows //= 2
-        tile //= 2
-    tile = min(most, 4)
-    while tile:
-        yield tile, 0, max_threads(tile)
-        tile //= 2
+def _tiles(most: int) -> Iterator[tuple[int, int]]:
+    """Rows of x at once, and how many of them are brought at once; the better first."""
+    for tile in _halves(most):
+        for raw_rows in _halves(tile):
+            yield tile, raw_rows
+    for tile in _halves(min(most, 4)):
+        yield tile, 0
+
+
+def _halves(value: int) -> Iterator[int]:
+    """A power of two, half of it, and so on down to 1."""
+    while value:
+        yield value
+        value //= 2
 
 
 def next_power_of_2(value: int) -> int:
@@ -160,7 +144,6 @@ def _module(
     raw_rows: int,
     gap_bits: int,
     wide: bool,
-    ring: bool,
     at: int,
 ) -> CudaModule | None:
     threads = max_threads(rows)
@@ -172,7 +155,6 @@ def _module(
         ("WIDE_BASE", int(wide)),
         ("STAGED", int(raw_rows > 0)),
         ("RAW_ROWS", raw_rows),
-        ("RING", int(ring)),
         ("MAX_THREADS", threads),
     )
     module = load_module(("row_group.cu", "row_linear.cu"), defines, threads, at)
@@ -190,7 +172,7 @@ def _shared_limit(device: int) -> int:
 
 @functools.cache
 def _overlaps(device: int) -> bool:
-    """Whether a kernel may be launched before those before it have ended, and copies in bulk."""
+    """Whether a kernel may be launched before those before it have ended."""
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -217,15 +199,9 @@ def row_linear_cuda(
         return None
     device = x.device.index
     rows, in_features = x.shape
-    slot_bytes = CHUNK * (GROUP * packed.val.element_size() + 2 * packed.gap_bits)
-    slot_bytes += CHUNK * packed.base.element_size()
-    sizes = (packed.capacity, packed.room, _shared_limit(device))
-    launch = row_launch(rows, in_features, x.element_size(), 0, *sizes)
-    if RING and _overlaps(device):
-        ring = row_launch(rows, in_features, x.element_size(), slot_bytes, *sizes)
-        # shared memory may hold slots or more rows of x: the rows then, they share the weight
-        if launch is not None and ring is not None and ring.rows == launch.rows:
-            launch = ring
+    launch = row_launch(
+        rows, in_features, x.element_size(), packed.capacity, packed.room, _shared_limit(device)
+    )
     if launch is None or cdiv(rows, launch.rows) > MAX_GRID:
         return None
     module = _module(
@@ -235,7 +211,6 @@ def row_linear_cuda(
         launch.raw_rows,
         packed.gap_bits,
         packed.base.dtype == torch.int32,
-        launch.slots > 0,
         device,
     )
     if module is None:
@@ -261,14 +236,14 @@ def row_linear_cuda(
         packed.room,
         launch.log_q,
         ACTIVATIONS.index(activation),
-        launch.slots,
-        *launch.offsets[:4],
+        launch.ends_at,
+        launch.sums_at,
     )
     module.launch(
         "row_linear",
         (packed.blocks, cdiv(rows, launch.rows)),
         args,
-        shared_bytes=launch.offsets[4],
+        shared_bytes=launch.shared_bytes,
         threads=launch.threads,
         overlap=overlap and _overlaps(device),
     )

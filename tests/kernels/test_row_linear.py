@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from resu_compile.errors import ArgumentError
-from resu_compile.kernels import row_linear as row_linear_module
 from resu_compile.kernels._nvrtc import FOLDER
 from resu_compile.kernels._triton import HAS_TRITON
 from resu_compile.kernels.plan import ACTIVATIONS, apply_activation
@@ -138,41 +137,49 @@ def test_triton_compiles_for_hopper():
 
 
 # -- CUDA C++ --------------------------------------------------------------------------------
-@pytest.mark.parametrize("slot_bytes", [0, 1600])
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 64])
-def test_launches_fit_the_device(rows, slot_bytes):
+def test_launches_fit_the_device(rows):
     for in_features in (1, 100, 4096, 14336, 60_000, 200_000):
         for capacity, room in ((32, 1), (832, 32), (8992, 110), (40_000, 300)):
-            launch = row_launch(rows, in_features, 2, slot_bytes, capacity, room, SHARED)
+            launch = row_launch(rows, in_features, 2, capacity, room, SHARED)
             assert launch is not None
-            warps, steps = launch.threads // 32, launch.steps
+            warps = launch.threads // 32
             assert launch.rows in (1, 2, 4, 8)
             assert launch.threads <= 1024
-            assert (warps - 1) * steps * 32 < capacity <= warps * steps * 32
-            assert min(steps, 2 if slot_bytes else 0) <= launch.slots <= steps
-            ends, sums, ring, barriers, end = launch.offsets
-            assert sums - ends > 4 * room
-            assert ring - sums >= (room + warps + 1) * 32 * launch.rows * 4
-            assert barriers - ring == warps * launch.slots * slot_bytes
-            assert end - barriers == warps * launch.slots * 8
-            assert end <= SHARED
+            assert (warps - 1) * launch.steps * 32 < capacity <= warps * launch.steps * 32
+            assert launch.sums_at - launch.ends_at > 4 * room
+            behind = launch.shared_bytes - launch.sums_at
+            assert behind >= (room + warps + 1) * 32 * launch.rows * 4
+            assert launch.shared_bytes <= SHARED
             if launch.raw_rows:
                 cell = 4 if launch.rows == 1 else 2 * launch.rows
-                assert ends == 128 << launch.log_q
+                assert launch.ends_at == 128 << launch.log_q
                 assert (1 << launch.log_q) * (128 // cell) >= in_features
-                assert ring - sums >= 2 * launch.raw_rows * in_features
+                assert behind >= 2 * launch.raw_rows * in_features
+
+
+def test_more_rows_of_x_share_the_weight_where_they_fit():
+    assert [row_launch(m, 4096, 2, 832, 32, SHARED).rows for m in (1, 2, 3, 8, 9)] == [
+        1,
+        2,
+        4,
+        8,
+        8,
+    ]
+    wide = row_launch(8, 14336, 2, 832, 32, SHARED)
+    assert (wide.rows, wide.raw_rows) == (4, 2)
+    assert row_launch(8, 70_001, 2, 832, 32, SHARED).raw_rows == 0
 
 
 def test_sums_beyond_shared_memory_have_no_launch():
-    assert row_launch(1, 64, 2, 0, 32, 5000, SHARED) is None
+    assert row_launch(1, 64, 2, 32, 5000, SHARED) is None
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize("ring", [0, 1], ids=["registers", "ring"])
 @pytest.mark.parametrize("rows", [1, 4])
-def test_sums_stay_in_registers(rows, ring, tmp_path):
+def test_sums_stay_in_registers(rows, tmp_path):
     defines = {"X_KIND": 2, "W_KIND": 2, "RM": rows, "RAW_ROWS": rows, "GAP_BITS": 8}
-    defines |= {"WIDE_BASE": 0, "STAGED": 1, "RING": ring, "MAX_THREADS": 1024}
+    defines |= {"WIDE_BASE": 0, "STAGED": 1, "MAX_THREADS": 1024}
     source = tmp_path / "row_linear.cu"
     source.write_text("".join((FOLDER / f"{name}.cu").read_text() for name in SOURCES))
     done = subprocess.run(
@@ -187,72 +194,78 @@ def test_sums_stay_in_registers(rows, ring, tmp_path):
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in done.stderr
 
 
-@pytest.fixture(params=[False, True], ids=["registers", "ring"])
-def ring(request, monkeypatch):
-    """Both ways in which groups come."""
-    monkeypatch.setattr(row_linear_module, "RING", request.param)
-
-
-CASES = [
-    pytest.param((1, 1), 0.0, {}, id="one"),
-    pytest.param((257, 1001), 0.9, {"blocks": 16, "gap_bits": 8}, id="ragged"),
-    pytest.param((300, 4096), 0.7, {"gap_bits": 4}, id="aligned"),
-    pytest.param((64, 14336), 0.95, {"blocks": 3, "gap_bits": 8}, id="several-steps"),
-    pytest.param((40, 4096), 0.5, {"blocks": 1, "gap_bits": 4}, id="slots-again"),
-    pytest.param((5, 70_001), 0.99, {"blocks": 2}, id="wide"),
-    pytest.param((700, 96), 0.8, {"blocks": 9, "gap_bits": 4}, id="short-rows"),
-]
+# Few variants of the kernel, since each takes half a second or more to compile: the number of rows
+# decides how many are multiplied at once, and K whether x is in shared memory.
+CASES = {
+    "one": ((1, 1), 0.0, {"blocks": 1, "gap_bits": 8}, (1, 8)),
+    "ragged": ((257, 1001), 0.9, {"blocks": 16, "gap_bits": 8}, range(1, 10)),
+    "aligned": ((300, 4096), 0.7, {"gap_bits": 8}, (1, 2, 4, 7)),
+    "narrow-gaps": ((40, 4096), 0.5, {"blocks": 1, "gap_bits": 4}, (1, 9)),
+    "short-rows": ((700, 96), 0.8, {"blocks": 9, "gap_bits": 4}, (1, 8)),
+    "x-in-halves": ((64, 14336), 0.95, {"blocks": 3, "gap_bits": 8}, (1, 8)),
+    "x-not-in-shared-memory": ((5, 70_001), 0.99, {"blocks": 2, "gap_bits": 8}, (3,)),
+}
 
 
 @pytest.mark.cuda
 @cuda_test
-@pytest.mark.usefixtures("ring")
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9])
-@pytest.mark.parametrize(("shape", "sparsity", "options"), CASES)
-def test_cuda_matches_float64(shape, sparsity, options, rows):
+@pytest.mark.parametrize(
+    ("case", "rows"), [(case, rows) for case, (*_, many) in CASES.items() for rows in many]
+)
+def test_cuda_matches_float64(case, rows):
+    shape, sparsity, options, _ = CASES[case]
     x, weight, packed, bias = make(shape, rows, torch.bfloat16, sparsity, **options)
     poisoned = torch.full((rows + 2, shape[0]), torch.nan, device=DEVICE, dtype=x.dtype)
     y = row_linear_cuda(x, packed, bias, "none", poisoned[1:-1])
     assert y is not None
     assert_product(y, x, weight, bias)
     assert poisoned[[0, -1]].isnan().all()
-    assert torch.equal(y, row_linear(x, packed, bias))  # the same sums each time
+    assert torch.equal(y, row_linear_cuda(x, packed, bias, overlap=False))  # the same sums
 
 
 @pytest.mark.cuda
 @cuda_test
-@pytest.mark.usefixtures("ring")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize(("shape", "sparsity", "options"), CASES[1:3])
-def test_cuda_other_dtypes_match_float64(shape, sparsity, options, dtype):
-    x, weight, packed, bias = make(shape, 3, dtype, sparsity, **options)
-    assert_product(row_linear(x, packed, bias), x, weight, bias)
-
-
-@pytest.mark.cuda
-@cuda_test
-@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cuda_rounds_the_weight_to_the_dtype_of_x(dtype, weight_dtype):
-    x, weight, packed, _ = make((130, 600), 4, dtype, 0.8, weight_dtype=weight_dtype)
-    y = row_linear(x.t().contiguous().t(), packed, None)
-    assert_product(y, x, weight, None)
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype", "rows"),
+    [
+        (torch.float16, torch.float16, 8),
+        (torch.float32, torch.float32, 3),
+        (torch.bfloat16, torch.float32, 4),
+        (torch.float16, torch.bfloat16, 1),
+        (torch.float32, torch.float16, 2),
+    ],
+    ids=str,
+)
+def test_cuda_rounds_the_weight_to_the_dtype_of_x(dtype, weight_dtype, rows):
+    x, weight, packed, bias = make((130, 600), rows, dtype, 0.8, weight_dtype=weight_dtype)
+    y = row_linear_cuda(x, packed, bias)
+    assert y is not None
+    assert_product(y, x, weight, bias)
 
 
 @pytest.mark.cuda
 @cuda_test
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_cuda_activations(activation):
-    x, weight, packed, bias = make((130, 600), 4, torch.bfloat16, 0.8)
-    y = row_linear(x, packed, bias, activation)
+    x, weight, packed, bias = make((130, 600), 4, torch.bfloat16, 0.8, gap_bits=8)
+    y = row_linear(x.t().contiguous().t(), packed, bias, activation)
     assert_product(y, x, weight, bias, activation)
+    assert_product(row_linear(x, packed, None, activation), x, weight, None, activation)
 
 
 @pytest.mark.cuda
 @cuda_test
-@pytest.mark.usefixtures("ring")
+def test_cuda_takes_x_at_any_address():
+    x, weight, packed, bias = make((130, 4096), 2, torch.bfloat16, 0.8, gap_bits=8)
+    shifted = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    assert shifted.data_ptr() % 16
+    assert_product(row_linear(shifted, packed, bias), x, weight, bias)
+
+
+@pytest.mark.cuda
+@cuda_test
 def test_cuda_graph_follows_its_inputs():
-    x, weight, packed, bias = make((512, 2048), 2, torch.bfloat16, 0.9)
+    x, weight, packed, bias = make((512, 2048), 2, torch.bfloat16, 0.9, gap_bits=8)
     row_linear(x, packed, bias)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
