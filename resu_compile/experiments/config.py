@@ -26,7 +26,17 @@ from resu_compile.experiments.search import check_space, values_of
 from resu_compile.experiments.settings import DENSE, training_config
 from resu_compile.training.serialization import from_plain, read_data
 
-OWN_SEEDS = ("seed", "steps", "sparsity", "stats", "checkpoint", "method", "method_options")
+# what cells set themselves, and what leaves no sparse model
+NOT_HERE = (
+    "seed",
+    "steps",
+    "sparsity",
+    "stats",
+    "checkpoint",
+    "method",
+    "method_options",
+    "densify",
+)
 
 
 @dataclass(frozen=True)
@@ -82,9 +92,7 @@ class MethodSpec:
         _settle_label(self, "method")
         for name in ("options", "training", "search"):
             _check_mapping(getattr(self, name), f"{name} of method {self.label}")
-        check_known_keys(
-            set(self.training) & set(OWN_SEEDS), (), what=f"setting of method {self.label}"
-        )
+        _check_training(self.training, f"training of method {self.label}")
         if self.name == DENSE and (self.options or self.training or self.search):
             raise ArgumentError("method dense: expected no settings, which dense training has not")
         check_space(self.search, where=f"search of method {self.label}")
@@ -171,7 +179,7 @@ class ExperimentConfig:
                 f"tuning.seed: expected none of the reported seeds, got {self.tuning.seed}, whose "
                 "run would be reported with settings that were chosen by it"
             )
-        check_known_keys(set(self.training) & set(OWN_SEEDS), (), what="setting of training")
+        _check_training(self.training, "training")
         if not self.sparsities and any(method.name != DENSE for method in self.methods):
             raise ArgumentError("sparsities: expected at least one, got none")
         self._check_methods()
@@ -259,6 +267,14 @@ def _settle_label(spec: TaskSpec | MethodSpec, what: str) -> None:
 def _check_mapping(value: object, name: str) -> None:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ArgumentTypeError(f"{name}: expected a mapping of names to values, got {value!r}")
+
+
+def _check_training(training: Mapping[str, Any], where: str) -> None:
+    for key in sorted(set(training) & set(NOT_HERE)):
+        raise ArgumentError(
+            f"{where}: expected no {key!r}, which the experiment sets from tasks, methods, "
+            f"sparsities and seeds, got {training[key]!r}"
+        )
 
 
 def _check_once(values: Sequence[Any], name: str) -> None:

@@ -182,6 +182,12 @@ def _notes(groups: Sequence[Group], records: Sequence[Record]) -> list[str]:
     failed = [record for record in known if record["status"] != "done"]
     notes += [f"Failed: {_place(record)}: {record.get('error', '')}" for record in failed]
     for group in groups:
+        left_out = group.count - sum(map(len, group.runs.values()))
+        if left_out:
+            notes.append(
+                f"Replaced: {group.title}: {left_out} runs of an earlier config, with equal labels "
+                "and seeds and other settings; those methods that were not run again are as before."
+            )
         expected = max(len(runs) for runs in group.runs.values())
         for (name, sparsity), runs in group.runs.items():
             if len(runs) < expected:

@@ -129,6 +129,7 @@ def _work(
         "sparsity": cell.sparsity,
         "seed": cell.seed,
         "length": cell.length,
+        "dense_steps": cell.dense_steps,
         "budget": config.budget,
         "trial": cell.trial,
     }

@@ -20,29 +20,33 @@ class Group:
     Attributes:
         task: its label.
         length: of the runs.
+        dense_steps: optimizer steps of dense training of this length.
         budget: ``"steps"`` or ``"flops"``.
         metric: what is compared.
         higher_is_better: which way is better.
-        runs: (method, sparsity) -> seed -> record.
+        runs: (method, sparsity) -> seed -> record; of several with other settings the last one.
+        count: of all records, those included that are not in ``runs`` for this reason.
     """
 
     task: str
     length: float
+    dense_steps: int
     budget: str
     metric: str
     higher_is_better: bool
     runs: Mapping[tuple[str, float], Mapping[int, Record]]
+    count: int
 
     @property
     def title(self) -> str:
         """For headings."""
         equal = "equal steps" if self.budget == "steps" else "equal training FLOPs"
-        return f"{self.task}, {self.length:g}x, {equal}"
+        return f"{self.task}, {self.length:g}x ({self.dense_steps} steps), {equal}"
 
     @property
     def slug(self) -> str:
         """For names of files."""
-        return f"{self.task}-x{self.length:g}-{self.budget}"
+        return f"{self.task}-x{self.length:g}-{self.dense_steps}-{self.budget}"
 
     @property
     def methods(self) -> list[str]:
@@ -98,15 +102,16 @@ def group_runs(records: Iterable[Record]) -> list[Group]:
     Raises:
         ArgumentError: the runs of one task differ in their metric.
     """
-    runs: dict[tuple[str, float, str], list[Record]] = {}
+    runs: dict[tuple[str, float, int, str], list[Record]] = {}
     for record in by_key(records).values():
         if record["kind"] == "run" and record["status"] == "done":
-            where = (record["task"], float(record["length"]), record["budget"])
+            steps, length = record["dense_steps"], float(record["length"])
+            where = (record["task"], length, steps, record["budget"])
             runs.setdefault(where, []).append(record)
     return [_group(*where, found) for where, found in runs.items()]
 
 
-def _group(task: str, length: float, budget: str, records: Sequence[Record]) -> Group:
+def _group(task: str, length: float, steps: int, budget: str, records: Sequence[Record]) -> Group:
     kinds = {(record["metric"], record["higher_is_better"]) for record in records}
     if len(kinds) > 1:
         raise ArgumentError(
@@ -118,4 +123,4 @@ def _group(task: str, length: float, budget: str, records: Sequence[Record]) -> 
         place = found.setdefault((record["method"], float(record["sparsity"])), {})
         place[record["seed"]] = record
     metric, higher = kinds.pop()
-    return Group(task, length, budget, metric, higher, found)
+    return Group(task, length, steps, budget, metric, higher, found, len(records))

@@ -85,7 +85,10 @@ def test_files(tmp_path):
         ({"methods": ["rgl"]}, "method: expected one of acdc, dense, gmp"),
         ({"methods": ["gmp", "gmp"]}, "methods: expected each once, got 'gmp' twice"),
         ({"methods": [{"name": "gmp", "options": {"evry": 3}}]}, "did you mean 'every'"),
-        ({"methods": [{"name": "gmp", "training": {"steps": 3}}]}, "unknown setting of method gmp"),
+        (
+            {"methods": [{"name": "gmp", "training": {"steps": 3}}]},
+            "training of method gmp: expected no 'steps'",
+        ),
         ({"methods": [{"name": "dense", "search": SEARCH}]}, "dense: expected no settings"),
         ({"methods": [{"name": "gmp", "search": {"start": []}}]}, "expected a list of values"),
         (
@@ -100,7 +103,11 @@ def test_files(tmp_path):
         ({"budget": "time"}, "budget: expected one of flops, steps"),
         ({"max_stretch": 0.5}, "max_stretch"),
         ({"tuning": {"trials": 2, "seed": 1}}, "tuning.seed: expected none of the reported seeds"),
-        ({"training": {"steps": 5}}, "unknown setting of training 'steps'"),
+        ({"training": {"steps": 5}}, "training: expected no 'steps', which the experiment sets"),
+        (
+            {"methods": [{"name": "resu", "training": {"densify": {}}}]},
+            "training of method resu: expected no 'densify'",
+        ),
         ({"training": {"stepz": 5}}, "unknown setting 'stepz'"),
         ({"task": {"steps": 0}}, "steps of task linear"),
         ({"task": {"label": "a/b"}}, "label of task"),

@@ -37,6 +37,7 @@ def record(method, sparsity, seed, score, **changes):
         "sparsity": sparsity,
         "seed": seed,
         "length": 1.0,
+        "dense_steps": 3000,
         "budget": "steps",
         "trial": -1,
         "steps": 3000,
@@ -156,14 +157,16 @@ def test_files(results, tmp_path):
         "runs.csv",
         "summary.csv",
         "pairs.csv",
-        "bytes-x1-steps-sparsity.png",
-        "bytes-x1-steps-flops.png",
+        "bytes-x1-3000-steps-sparsity.png",
+        "bytes-x1-3000-steps-flops.png",
     ]
     assert all(path.parent == tmp_path / "report" for path in found.files)
     assert all(path.stat().st_size > 100 for path in found.files)
     assert found.files[0].read_text() == found.text
-    assert "## bytes, 1x, equal steps" in found.text
-    assert "Incomplete: bytes, 1x, equal steps, rigl at 0.7: 1 of 3 seeds." in found.text
+    assert "## bytes, 1x (3000 steps), equal steps" in found.text
+    assert (
+        "Incomplete: bytes, 1x (3000 steps), equal steps, rigl at 0.7: 1 of 3 seeds." in found.text
+    )
     assert "2 CPU cores, 1 threads; Python 3.11, torch 2.13; source abc." in found.text
 
     def rows(index):
@@ -180,6 +183,21 @@ def test_files(results, tmp_path):
     assert ("gmp", "0.7") not in pairs
 
 
+def test_pictures_show_the_means(results, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    drawn = []
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    write_report(results)
+    over_sparsity, over_flops = (figure.axes[0] for figure in drawn)
+    lines = {line.get_label(): line for line in over_flops.get_lines()}
+    assert set(lines) == {"dense", "resu", "rigl", "gmp"}
+    assert list(lines["resu"].get_xdata()) == pytest.approx([0.65, 0.55])
+    assert list(lines["resu"].get_ydata()) == pytest.approx([0.835, 0.88])
+    low, high = over_sparsity.get_ylim()
+    assert low < 0.81 < 0.98 < high
+    assert [text.get_text() for text in over_sparsity.get_legend().get_texts()][0] == "dense"
+
+
 def test_what_must_not_be_hidden(results):
     trial = {"kind": "trial", "trial": 1, "scores": {"validation": {"bits per byte": 1.0}}}
     append_record(results, record("resu", 0.9, 1000, None, **trial))
@@ -193,21 +211,32 @@ def test_what_must_not_be_hidden(results):
     text = write_report(results).text
     assert "chosen by 1 trials on validation data with seed 1000, which is not reported" in text
     assert "Failed: bytes, 3x, set at 0.9, seed 0: ArgumentError: NaN" in text
-    assert "Not finite: bytes, 1x, equal steps, rigl at 0.7: 1 of 2 runs" in text
-    assert "Capped: bytes, 1x, equal steps, resu at 0.7" in text
+    assert "Not finite: bytes, 1x (3000 steps), equal steps, rigl at 0.7: 1 of 2 runs" in text
+    assert "Capped: bytes, 1x (3000 steps), equal steps, resu at 0.7" in text
     assert "Made by 2 versions of the source (abc, def)." in text
     assert '{"every": 7}' in text
 
 
 def test_other_lengths_and_budgets_are_groups(results):
-    append_record(results, record("resu", 0.9, 0, 0.8, length=3.0))
+    append_record(results, record("resu", 0.9, 0, 0.8, length=3.0, dense_steps=9000))
+    append_record(results, record("resu", 0.9, 0, 0.8, dense_steps=100, key="short"))
     append_record(results, record("resu", 0.9, 0, 0.7, budget="flops", kind="run"))
     titles = [group.title for group in group_runs(read_records(results))]
     assert titles == [
-        "bytes, 1x, equal steps",
-        "bytes, 3x, equal steps",
-        "bytes, 1x, equal training FLOPs",
+        "bytes, 1x (3000 steps), equal steps",
+        "bytes, 3x (9000 steps), equal steps",
+        "bytes, 1x (100 steps), equal steps",
+        "bytes, 1x (3000 steps), equal training FLOPs",
     ]
+
+
+def test_runs_of_an_earlier_config_are_told_of(results):
+    append_record(results, record("resu", 0.9, 0, 0.5, key="another"))
+    (group,) = group_runs(read_records(results))
+    assert group.scores("resu", 0.9)[0] == 0.5
+    assert "Replaced: bytes, 1x (3000 steps), equal steps: 1 runs of an earlier config" in (
+        write_report(results).text
+    )
 
 
 def test_another_method_stands_out(results):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from resu_compile.experiments import make_task, run_experiment
+from resu_compile.experiments import ExperimentConfig, make_task, run_experiment
 from resu_compile.experiments.budget import equal_flops, rehearse
 from resu_compile.experiments.cells import build_cells
 from resu_compile.experiments.environment import source_hash
@@ -77,6 +77,29 @@ def test_every_method_runs(make_config):
         assert record["flops"]["training"] <= 1.0
         assert (record["flops"]["training"] == 1.0) == (method == "dense")
     assert not list(config.output.rglob("checkpoints"))
+
+
+@pytest.mark.parametrize("budget", ["steps", "flops"])
+def test_tasks_run_on_the_device(tmp_path, device, budget):
+    pytest.importorskip("sklearn")
+    data = {
+        "tasks": [
+            {"name": "digits_cnn", "steps": 20, "options": {"width": 4}},
+            {"name": "bytes", "steps": 20, "options": {"size": "tiny"}},
+        ],
+        "methods": ["dense", "gmp", "rigl", RESU],
+        "sparsities": [0.5],
+        "training": {"compile": False},
+        "budget": budget,
+        "output": str(tmp_path),
+    }
+    config = ExperimentConfig.from_dict(data)
+    outcome = run_experiment(config, device=str(device))
+    assert (outcome.done, outcome.failed) == (8, ())
+    records = read_records(config.results)
+    assert {record["environment"]["device"].partition(":")[0] for record in records} == {
+        device.type
+    }
 
 
 def test_a_second_call_has_nothing_to_do(make_config):
