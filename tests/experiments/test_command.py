@@ -23,6 +23,7 @@ def config_file(tmp_path, monkeypatch):
 
 
 def test_run_and_report(config_file, capsys):
+    pytest.importorskip("scipy")
     folder = config_file.parent
     assert cli.main(["experiment", "experiment.json", "--dry-run"]) == 0
     printed = capsys.readouterr().out

@@ -24,6 +24,8 @@ SCORES = {
     ("resu", 0.7): [0.83, 0.84],
     ("rigl", 0.7): [0.90],
 }
+pytest.importorskip("scipy")
+
 T_2 = 4.302653  # t(0.975) with 2 degrees of freedom, as printed in tables
 
 

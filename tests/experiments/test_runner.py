@@ -129,6 +129,7 @@ def test_dense_runs_are_those_of_a_plain_loop(make_config):
 
 def test_a_killed_process_loses_nothing(tmp_path, make_config):
     """Killed within the second cell: the first is kept, the second goes on from its checkpoint."""
+    pytest.importorskip("safetensors")
     task = {"options": {"die_at": 25, "die_seed": 1}, "checkpoint_every": 10}
     config = make_config(methods=["rigl"], task=task)
     path = write(tmp_path / "x.json", config.output, methods=["rigl"], task=task)
@@ -151,6 +152,7 @@ def test_a_killed_process_loses_nothing(tmp_path, make_config):
 @pytest.mark.parametrize("method", ["gmp", "resu"])
 def test_killed_between_the_last_step_and_the_result(make_config, monkeypatch, method):
     """The last checkpoint holds all that the result says."""
+    pytest.importorskip("safetensors")
     spec = RESU if method == "resu" else method
     config = make_config(methods=[spec], seeds=[0], task={"checkpoint_every": 10})
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # the checkpoints stay
