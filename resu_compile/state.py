@@ -267,9 +267,12 @@ class MaskedWeight:
         parameter = self.parameter
         return parameter.read() if is_released(parameter) else parameter.detach()
 
-    def release_value(self, read: Callable[[], Tensor]) -> int:
-        """Free the dense storage; ``read`` gives the value from now on. Returns the bytes."""
-        return hollow(self.parameter, self.name, read)
+    def release_value(self, read: Callable[[], Tensor], converted: Callable[[], None]) -> int:
+        """Free the dense storage; ``read`` gives the value from now on. Returns the bytes.
+
+        ``converted`` is called if the model is moved or cast, which makes the weight dense again.
+        """
+        return hollow(self.parameter, self.name, read, converted)
 
     def restore_value(self) -> None:
         """Store the value densely again."""

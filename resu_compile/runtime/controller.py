@@ -551,7 +551,8 @@ class Controller:
         Each is freed at the first compiled call without gradients that uses it, and that call is
         captured again. The phase stays SPARSE: what needs dense weights (gradients, ``prune``,
         ``resurrect``, ``load_state_dict``) raises until ``restore_dense()``. ``state_dict()``,
-        copies and eager calls unpack what they read, weight by weight.
+        copies, eager calls and graphs of other backends unpack what they read, weight by weight.
+        Moving or casting the model makes its weights dense, until the next such call.
 
         Returns:
             The report, also at ``released``; it grows as weights are freed.

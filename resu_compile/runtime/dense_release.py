@@ -40,7 +40,7 @@ class ReleaseReport:
 
     released: dict[str, int] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
-    _packed: dict[int, PackedLinear] = field(default_factory=dict, repr=False)
+    _packed: dict[str, PackedLinear] = field(default_factory=dict, repr=False)
     _handle: RemovableHandle | None = field(default=None, repr=False)
 
     @property
@@ -51,7 +51,14 @@ class ReleaseReport:
     @property
     def packed_bytes(self) -> int:
         """Bytes of the packed forms that stand for them."""
-        return sum(packed.size_bytes for packed in self._packed.values())
+        each = {id(packed.tensors()[0]): packed for packed in self._packed.values()}
+        return sum(packed.size_bytes for packed in each.values())
+
+    def again_dense(self, name: str) -> None:
+        """Note that a weight is dense again, until a call frees it."""
+        self.released.pop(name, None)
+        self._packed.pop(name, None)
+        self.kept[name] = NOT_YET
 
     def __str__(self) -> str:
         """One line of totals, then one line for each weight that stays dense."""
@@ -119,9 +126,15 @@ def release(
         return
     read = _Reader(packed, start, weight.shape, transposed)
     keep_packed(weight)
-    report.released[weight.name] = weight.release_value(read)
-    report.kept.pop(weight.name, None)
-    report._packed[id(packed.tensors()[0])] = packed
+    controller, name = weight.controller, weight.name
+
+    def converted() -> None:  # the model was moved or cast: the next call frees it again
+        report.again_dense(name)
+        controller._choose_again()
+
+    report.released[name] = weight.release_value(read, converted)
+    report.kept.pop(name, None)
+    report._packed[name] = packed
 
 
 def _why_not(parameter: nn.Parameter) -> str:

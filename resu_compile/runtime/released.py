@@ -2,6 +2,7 @@
 
 What touches the values in eager mode (a call outside of a compiled graph, ``state_dict()``, a copy)
 works on a dense tensor that is unpacked for it and dropped again; what would write or train raises.
+Moving or casting the model makes the parameter dense again.
 
 A graph of another backend that a released weight is traced into unpacks it at each call, by the op
 ``resu_compile::released_value``; passes/released_values.py takes that out of the package's own.
@@ -9,6 +10,8 @@ A graph of another backend that a released weight is traced into unpacks it at e
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeGuard, cast
@@ -33,11 +36,13 @@ _METADATA = frozenset(
         "_has_compatible_shallow_copy_type",
     }
 )
+# conversions that give the tensor itself where there is nothing to do
+_CONVERSIONS = frozenset(
+    {"to", "cpu", "cuda", "type", "type_as", "half", "float", "double", "bfloat16"}
+)
 _SETTABLE = frozenset({"grad", "requires_grad"})
 # uses from which no gradient is expected; conversions go on to write, which says more
-_READ_ONLY_USES = frozenset(
-    {"detach", "data", "clone", "numpy", "tolist", "to", "half", "float", "double", "bfloat16"}
-)
+_READ_ONLY_USES = _CONVERSIONS | {"detach", "data", "clone", "numpy", "tolist"}
 
 
 class ReleasedParameter(nn.Parameter):
@@ -45,10 +50,12 @@ class ReleasedParameter(nn.Parameter):
 
     Attributes:
         read: gives the dense value, a new tensor of the parameter's shape.
+        converted: called after it became dense again by a conversion.
         weight_name: its name in the model.
     """
 
     read: Callable[[], Tensor]
+    converted: Callable[[], None]
     weight_name: str
 
     @classmethod
@@ -70,10 +77,21 @@ class ReleasedParameter(nn.Parameter):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         name, verb = _name_of(func)
+        target = kwargs.get("out", args[0] if args else None)
         if _is_metadata(name, verb):
+            if name == "untyped_storage" and _is_saved_by_export(sys._getframe(1)):
+                raise PhaseError(
+                    f"{args[0].weight_name}: expected a dense weight to save, but release_dense() "
+                    "freed it; resu_compile.export(model, inputs, path) writes the packed one, or "
+                    f"{RESTORE}"
+                )
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        target = kwargs.get("out", args[0] if args else None)
+        if isinstance(target, ReleasedParameter):
+            if name in _CONVERSIONS and _changes_nothing(func, target, args[1:], kwargs):
+                return target
+            if name == "data" and verb == "__set__" and _is_conversion(target, args[1]):
+                return refill(target, args[1])
         writes = verb == "__set__" or "out" in kwargs or _writes(name)
         if writes and isinstance(target, ReleasedParameter):
             raise PhaseError(
@@ -107,6 +125,31 @@ def _traced(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)([_traced(part) for part in value])
     return value
+
+
+def _changes_nothing(
+    func: Callable[..., Any],
+    parameter: ReleasedParameter,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> bool:
+    """Whether a conversion gives what it is called on."""
+    with torch._C.DisableTorchFunctionSubclass():
+        empty = parameter.new_empty((0,) * parameter.dim())
+        return func(empty, *args, **kwargs) is empty
+
+
+def _is_conversion(parameter: ReleasedParameter, value: Any) -> bool:
+    """Whether ``Module.to`` and its like set this as ``.data``, and not a loop of the user's."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return False
+    same = (value.dtype, value.device) == (parameter.dtype, parameter.device)
+    return value is parameter or not same
+
+
+def _is_saved_by_export(frame: types.FrameType) -> bool:
+    """Whether ``torch.export.save`` asks: it stores bytes of dense values by strides of none."""
+    return str(frame.f_globals.get("__name__")).startswith("torch.export.")
 
 
 def _name_of(func: Callable[..., Any]) -> tuple[str, str]:
@@ -199,7 +242,12 @@ def dense_values(args: Sequence[Any]) -> Sequence[Any]:
     return [value.read() if is_released(value) else value for value in args]
 
 
-def hollow(parameter: nn.Parameter, name: str, read: Callable[[], Tensor]) -> int:
+def hollow(
+    parameter: nn.Parameter,
+    name: str,
+    read: Callable[[], Tensor],
+    converted: Callable[[], None] = lambda: None,
+) -> int:
     """Free the storage of ``parameter``, which stays the same object; returns the bytes.
 
     In its place is one NaN, seen by nothing but code that goes around torch's functions.
@@ -210,18 +258,28 @@ def hollow(parameter: nn.Parameter, name: str, read: Callable[[], Tensor]) -> in
     parameter.data = stand_in
     parameter.__class__ = ReleasedParameter
     released = cast("ReleasedParameter", parameter)
-    released.read, released.weight_name = read, name
+    released.read, released.converted, released.weight_name = read, converted, name
     _by_address[parameter.data_ptr()] = released
     return size
 
 
-def refill(parameter: nn.Parameter) -> None:
-    """Undo ``hollow``: the parameter is dense and plain again."""
+def refill(parameter: nn.Parameter, value: Tensor | None = None) -> None:
+    """Undo ``hollow``: the parameter is dense and plain again.
+
+    Args:
+        parameter: a released one.
+        value: what it holds from now on, in another dtype or on another device; None is its own.
+    """
+    if value is parameter:
+        return
     released = cast("ReleasedParameter", parameter)
-    dense = released.read()
+    dense = released.read() if value is None else value
+    converted = released.converted
     parameter.__class__ = nn.Parameter
-    del released.read, released.weight_name
+    del released.read, released.converted, released.weight_name
     parameter.data = dense
+    if value is not None:
+        converted()
 
 
 @contextmanager

@@ -38,7 +38,7 @@ from resu_compile.runtime.sparse_products import (
     release_unused,
     signature_of,
 )
-from resu_compile.state import masked_weight_of
+from resu_compile.state import MaskedWeight, masked_weight_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ InnerCompile = Callable[[fx.GraphModule, Sequence[Any]], Compiled]
 Adopt = Callable[[fx.GraphModule, Sequence[Any]], None]
 
 _known_controllers: weakref.WeakSet[Controller] = weakref.WeakSet()
+_warned_of: weakref.WeakSet[MaskedWeight] = weakref.WeakSet()
 
 
 def know(controller: Controller) -> None:
@@ -163,7 +164,10 @@ class GraphVariants:
         placeholders = self.gm.graph.find_nodes(op="placeholder")
         for index, weight in binding.weights.items():
             users = {call_name(user) for user in placeholders[index].users if user.op != "output"}
-            if users and index not in multiplied and weight.controller.config.targets is None:
+            if not users or index in multiplied or weight in _warned_of:
+                continue
+            if weight.controller.config.targets is None:
+                _warned_of.add(weight)  # once, not for each batch size that is captured anew
                 logger.warning(
                     "%s was pruned, but this graph uses it in %s and multiplies nothing by it; if "
                     "it is no weight, exclude it or pass example_inputs to sparsify",
@@ -265,11 +269,14 @@ class GraphVariants:
 
     def _may_release(self, binding: Binding) -> bool:
         """Whether it is open for any of the weights if its dense storage can go."""
-        return any(
-            weight.controller.released is not None
-            and weight.controller.released.kept.get(weight.name) == NOT_YET
-            for weight in binding.weights.values()
-        )
+        found = False
+        for weight in binding.weights.values():
+            report = weight.controller.released
+            if report is not None and not weight.is_released:
+                if weight.name in report.released:  # another parameter was put in its place
+                    report.again_dense(weight.name)
+                found = found or report.kept.get(weight.name) == NOT_YET
+        return found
 
     def _release(self, binding: Binding) -> bool:
         """Free the dense storage that this graph does not need; whether there was any."""

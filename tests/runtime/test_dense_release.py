@@ -154,7 +154,6 @@ def test_state_copies_and_eager_calls_see_the_values():
         ("load_state_dict", lambda model, _: model.load_state_dict(Net().state_dict())),
         ("load_state_dict", lambda _, ctl: ctl.load_state_dict(ctl.state_dict())),
         ("q.weight: expected a dense", lambda model, _: wr(model)),
-        ("q.weight: expected a dense", lambda model, _: model.half()),
         ("without gradients", lambda model, _: model(X)),
         ("without gradients", lambda model, _: model.q(X)),
         ("without gradients", lambda model, _: torch.compile(model, backend=Backend())(X)),
@@ -299,6 +298,54 @@ def test_a_gradient_through_another_backend_raises():
 def test_a_value_of_no_released_weight_raises():
     with pytest.raises(PhaseError, match="freed in this process, got another tensor of shape"):
         released_value(torch.zeros(3, 4))
+
+
+def test_conversions_that_change_nothing_keep_it_released():
+    model, ctl, call, _, before = released()
+    assert model.to("cpu").cpu().float().to(torch.float32) is model
+    assert set(ctl.released.released) == FREED
+    assert all(isinstance(model.get_parameter(name), ReleasedParameter) for name in FREED)
+    with torch.no_grad():
+        torch.testing.assert_close(call(X), before)
+
+
+def test_a_cast_model_is_released_again():
+    model, ctl, call, _, _ = released()
+    dense = copy.deepcopy(model).half().float()
+    packed_bytes = ctl.released.packed_bytes
+    model.half()
+    assert type(model.q.weight) is nn.Parameter
+    assert ctl.released.released == {}
+    assert ctl.released.packed_bytes == 0
+    assert ctl.released.kept["q.weight"] == "no compiled inference call has used it yet"
+    model.float()
+    with torch.no_grad():
+        expected = dense(X)
+        for _ in range(3):  # where a graph of before fits again, it has the contents of now
+            torch.testing.assert_close(call(X), expected, rtol=0, atol=1e-5)
+    assert set(ctl.released.released) == FREED
+    assert ctl.released.packed_bytes == packed_bytes
+    for name, value in dense.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
+def test_a_parameter_put_in_its_place_is_released_too():
+    model, ctl, call, _, _ = released()
+    model.q.load_state_dict(nn.Linear(96, 128).state_dict(), assign=True)
+    with torch.no_grad():
+        expected = model(X)
+        for _ in range(2):
+            torch.testing.assert_close(call(X), expected)
+    assert isinstance(model.q.weight, ReleasedParameter)
+    assert set(ctl.released.released) == FREED
+
+
+def test_saving_a_traced_program_raises(tmp_path):
+    model, ctl, *_ = released()
+    with torch.no_grad():
+        program = torch.export.export(model, (X,))
+        with pytest.raises(PhaseError, match="resu_compile.export.model, inputs, path. writes"):
+            torch.export.save(program, tmp_path / "dense.pt2")
 
 
 def test_optimizers_pass_released_weights_by():
