@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from resu_compile.errors import ArgumentError, check_flag, check_share
 from resu_compile.methods.registry import register_method
-from resu_compile.methods.training_method import TrainingMethod, check_when, steps_of
+from resu_compile.methods.training_method import TrainingMethod, check_when, span_of, steps_of
 from resu_compile.phase import Phase
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class GMP(TrainingMethod):
 
     def _plan(self, run: Run) -> tuple[int, int, int]:
         """First pruning, steps between two, number of further ones."""
-        start, stop = steps_of(self.start, run.steps), steps_of(self.stop, run.steps)
+        start, stop = span_of(self.start, self.stop, run.steps)
         every = max(steps_of(self.every, run.steps), 1)
         return start, every, max((stop - start) // every, 0)
 
@@ -94,12 +94,6 @@ class GMP(TrainingMethod):
 
     def begin(self, run: Run) -> None:
         """Prune here, if the first pruning is to be at step 0."""
-        start, stop = steps_of(self.start, run.steps), steps_of(self.stop, run.steps)
-        if not start <= stop <= run.steps:
-            raise ArgumentError(
-                f"start, stop: expected start <= stop <= {run.steps}, the steps of the run, got "
-                f"{start} and {stop}"
-            )
         if self.initial > run.config.sparsity:
             raise ArgumentError(
                 f"initial: expected at most {run.config.sparsity:g}, the sparsity of the run, got "

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from resu_compile.errors import ArgumentError, check_number
+from resu_compile.errors import check_number
 from resu_compile.methods.gmp import cubic_sparsity
 from resu_compile.methods.registry import register_method
-from resu_compile.methods.training_method import TrainingMethod, check_when, steps_of
+from resu_compile.methods.training_method import TrainingMethod, check_when, span_of, steps_of
 from resu_compile.phase import Phase
 from resu_compile.sparsity import keep_count, topk_mask
 
@@ -52,25 +52,20 @@ class SoftShrinkage(TrainingMethod):
 
     def settled(self, run: Run) -> int:
         """The step of the pruning."""
-        return steps_of(self.stop, run.steps)
+        return span_of(self.start, self.stop, run.steps)[1]
 
     def begin(self, run: Run) -> None:
         """Prune here, if ``stop`` is 0."""
-        start, stop = steps_of(self.start, run.steps), steps_of(self.stop, run.steps)
-        if not start <= stop <= run.steps:
-            raise ArgumentError(
-                f"start, stop: expected start <= stop <= {run.steps}, the steps of the run, got "
-                f"{start} and {stop}"
-            )
         self.after_step(run)
 
     def after_step(self, run: Run) -> None:
         """Shrink or prune, if it is time."""
-        start, every = steps_of(self.start, run.steps), max(steps_of(self.every, run.steps), 1)
-        if run.step == self.settled(run):
+        start, stop = span_of(self.start, self.stop, run.steps)
+        every = max(steps_of(self.every, run.steps), 1)
+        if run.step == stop:
             run.prune()
-        elif start <= run.step < self.settled(run) and (run.step - start) % every == 0:
-            count = max((self.settled(run) - start) // every, 1)
+        elif start <= run.step < stop and (run.step - start) % every == 0:
+            count = max((stop - start) // every, 1)
             sparsity = cubic_sparsity(
                 run.step,
                 start=start,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from resu_compile.errors import check_number
+from resu_compile.methods.kept_values import KeptValues
 from resu_compile.methods.registry import register_method
-from resu_compile.methods.training_method import TrainingMethod
 
 if TYPE_CHECKING:
     from resu_compile.training.method_run import Run
@@ -19,7 +19,7 @@ REPORT_EVERY = 100  # steps: masks change every step
 
 @register_method("sr_ste")
 @dataclass(frozen=True)
-class SRSTE(TrainingMethod):
+class SRSTE(KeptValues):
     """Sparse-refined straight-through estimator, for N:M patterns and for any other mask.
 
         forward   M * w,  M the top N of each M by |w|, chosen anew each step
@@ -41,38 +41,22 @@ class SRSTE(TrainingMethod):
         """Check every field; the messages name the argument."""
         check_number(self.decay, name="decay", minimum=0.0)
 
-    def settled(self, run: Run) -> int:
-        """Never: the mask follows the weights to the end."""
-        return run.steps
-
-    def needs_dense_gradient(self, run: Run) -> bool:  # noqa: ARG002
-        """Always: the gradient of the masked weight goes to all places."""
-        return True
-
-    def begin(self, run: Run) -> None:
-        """The first mask."""
-        run.keep_values()
-        run.prune()
-
     def before_step(self, run: Run) -> bool:
         """Add the decay; the optimizer then sees the full weights."""
+        assert run.master is not None
         for places in run.places():
             assert places.gradient is not None
             decay = torch.where(places.mask, 0.0, self.decay * places.weight)
             run.set_gradient(places.name, places.gradient + decay)
-        run.show_values()
+        run.master.lend()
         return False
 
     def after_step(self, run: Run) -> None:
         """Take what the optimizer made of the weights, and choose the mask anew."""
-        run.take_values()
+        assert run.master is not None
+        run.master.take_back()
         masks = run.chosen_masks()
         if run.step % REPORT_EVERY == 0 or run.done:
             run.hide(masks.items(), "sr_ste")
         else:
-            assert run.master is not None
             run.master.hide(masks)
-
-    def finish(self, run: Run) -> None:
-        """Only what the forward pass sees stays."""
-        run.drop_hidden()

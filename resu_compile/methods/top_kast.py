@@ -10,8 +10,9 @@ from torch import Tensor
 
 from resu_compile.errors import check_number
 from resu_compile.kernels.mask_bits import pack_mask, unpack_mask
+from resu_compile.methods.kept_values import KeptValues
 from resu_compile.methods.registry import register_method
-from resu_compile.methods.training_method import TrainingMethod, check_when, steps_of
+from resu_compile.methods.training_method import check_when, steps_of
 from resu_compile.sparsity import topk_mask
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @register_method("top_kast")
 @dataclass(frozen=True)
-class TopKAST(TrainingMethod):
+class TopKAST(KeptValues):
     """Always sparse: A in the forward pass, the superset B is trained, the rest stays.
 
         A    the D n largest |w| of a weight with n entries       forward
@@ -48,18 +49,9 @@ class TopKAST(TrainingMethod):
         check_number(self.penalty, name="penalty", minimum=0.0)
         check_when(self.every, name="every", minimum=1)
 
-    def settled(self, run: Run) -> int:
-        """Never: A follows the weights to the end."""
-        return run.steps
-
-    def needs_dense_gradient(self, run: Run) -> bool:  # noqa: ARG002
-        """Always; what lies outside of B is dropped at once."""
-        return True
-
     def begin(self, run: Run) -> None:
         """A and B by magnitude at initialisation."""
-        run.keep_values()
-        run.prune()
+        super().begin(run)
         self._choose_backward(run)
 
     def _choose_backward(self, run: Run) -> None:
@@ -80,6 +72,7 @@ class TopKAST(TrainingMethod):
 
     def before_step(self, run: Run) -> bool:
         """Gradient and penalty in B; the optimizer then sees the full weights."""
+        assert run.master is not None
         backward = self._backward(run)
         for places in run.places():
             active = max(run.controller.weights[places.name].nnz, 1)
@@ -88,20 +81,16 @@ class TopKAST(TrainingMethod):
             penalty = self.penalty * factor * places.weight
             grad = torch.where(backward[places.name], places.gradient + penalty, 0.0)
             run.set_gradient(places.name, grad)
-        run.show_values(backward)
+        run.master.lend(backward)
         return False
 
     def after_step(self, run: Run) -> None:
         """Keep what moved in B, and choose A and B if it is time."""
         assert run.master is not None
-        run.take_values()
+        run.master.take_back()
         if run.step % max(steps_of(self.every, run.steps), 1) == 0 and not run.done:
             run.hide(run.chosen_masks().items(), "top_kast")
             self._choose_backward(run)
         else:
             run.master.hide()
         run.master.zero_state(self._backward(run))
-
-    def finish(self, run: Run) -> None:
-        """Only A stays."""
-        run.drop_hidden()

@@ -78,6 +78,21 @@ def steps_of(value: int | float, steps: int) -> int:
     return value if isinstance(value, int) else round(value * steps)
 
 
+def span_of(start: int | float, stop: int | float, steps: int) -> tuple[int, int]:
+    """``start`` and ``stop`` in steps, both inside a run of ``steps``.
+
+    Raises:
+        ArgumentError: it is another order, or the run is too short.
+    """
+    first, last = steps_of(start, steps), steps_of(stop, steps)
+    if not first <= last <= steps:
+        raise ArgumentError(
+            f"start, stop: expected start <= stop <= {steps}, the steps of the run, got {first} "
+            f"and {last}"
+        )
+    return first, last
+
+
 def check_when(value: object, *, name: str, minimum: int = 0) -> None:
     """Check a number of steps (int) or a share of all steps (float in [0, 1])."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= minimum:

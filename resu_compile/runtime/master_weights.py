@@ -4,6 +4,10 @@
     show()         the model holds W again, in the DENSE phase    (optimizer step)
     take(places)   W is what the model holds at ``places``, and what it was elsewhere
 
+    lend(places)   show() for one optimizer step, which may change W at ``places``
+    take_back()    take() of what was lent
+    conceal()      take_back() and hide()
+
 Methods need this whose pruned weights go on training (SR-STE), rest (Top-KAST) or may return with
 the value that they had (gradual magnitude pruning). It costs one copy of each masked weight.
 """
@@ -36,6 +40,8 @@ class MasterWeights:
         self._values = {
             name: weight.parameter.detach().clone() for name, weight in controller.weights.items()
         }
+        self._lent = False
+        self._lent_places: Mapping[str, Tensor] | None = None
 
     def value(self, name: str) -> Tensor:
         """The full value of the weight ``name``, as of the last ``take``."""
@@ -94,6 +100,28 @@ class MasterWeights:
         controller.structure += changed
         controller._phase = Phase.SPARSE
         controller.epoch += 1
+
+    # -- one optimizer step ----------------------------------------------------------------------
+    def lend(self, places: Mapping[str, Tensor] | None = None) -> None:
+        """Show the full values until ``take_back``.
+
+        Args:
+            places: weight name -> bool mask of where they may change; None is everywhere.
+        """
+        self.show()
+        self._lent, self._lent_places = True, places
+
+    def take_back(self) -> None:
+        """Take over what became of the values that were lent; nothing if none were."""
+        if self._lent:
+            self.take(self._lent_places)
+            self._lent, self._lent_places = False, None
+
+    def conceal(self) -> None:
+        """Let forward passes see zeros at pruned places again, if values are lent."""
+        if self._lent:
+            self.take_back()
+            self.hide()
 
     def zero_state(self, places: Mapping[str, Tensor]) -> None:
         """Optimizer state is 0 outside of ``places`` from here on.

@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from torch import nn
 
+from resu_compile.errors import ArgumentTypeError
 from resu_compile.pruning import sparsify
 from resu_compile.runtime.controller import find_controller
 from resu_compile.training.config import TrainingConfig
+from resu_compile.training.distributed import plain_model
+
+
+def checked_model(model: object, config: object) -> nn.Module:
+    """The plain model of a run, which may be inside a ``DistributedDataParallel``.
+
+    Raises:
+        ArgumentTypeError: ``model`` is no module, or ``config`` no ``TrainingConfig``.
+    """
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if not isinstance(config, TrainingConfig):
+        raise ArgumentTypeError(f"config: expected a TrainingConfig, got {type(config).__name__}")
+    return plain_model(model)
 
 
 def attach(model: nn.Module, config: TrainingConfig) -> bool:

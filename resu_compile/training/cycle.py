@@ -19,16 +19,16 @@ from typing import Any
 
 from torch import nn
 
-from resu_compile.errors import ArgumentError, ArgumentTypeError
+from resu_compile.errors import ArgumentError
 from resu_compile.methods import is_calibrated, is_training_method
 from resu_compile.phase import Phase
 from resu_compile.runtime.commit_report import CommitReport
 from resu_compile.runtime.controller import Controller, ResurrectionPhase, find_controller
-from resu_compile.training.attach import attach
+from resu_compile.training.attach import attach, checked_model
 from resu_compile.training.config import TrainingConfig
 from resu_compile.training.data_needs import check_calibration, commit_measures
 from resu_compile.training.densify import Pause
-from resu_compile.training.distributed import masks_of_first, plain_model, sync_masks
+from resu_compile.training.distributed import masks_of_first, sync_masks
 from resu_compile.training.plan import (
     Plan,
     Span,
@@ -137,19 +137,14 @@ class Cycle:
         on_pause: Callable[[nn.Module, int], object] | None = None,
         calibration: Any = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise ArgumentTypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-        if not isinstance(config, TrainingConfig):
-            raise ArgumentTypeError(
-                f"config: expected a TrainingConfig, got {type(config).__name__}"
-            )
+        plain = checked_model(model, config)
         if is_training_method(config.method):
             raise ArgumentError(
                 f"config: expected a pruning method, got method={config.method!r}, which changes "
                 "masks in a way of its own; SparseTraining(model, config) and Trainer run it"
             )
         check_calibration(config, calibration)
-        self.model = plain_model(model)
+        self.model = plain
         self.config = config
         self.plan: Plan = build_plan(config)
         self.sparsities = cycle_sparsities(config)

@@ -78,8 +78,6 @@ class Run:
         self.on_pause = on_pause
         self._on_event = on_event
         self._seen_backward = False
-        self._shown = False
-        self._trained: Mapping[str, Tensor] | None = None
 
     # -- where it is ---------------------------------------------------------------------------
     @property
@@ -263,29 +261,10 @@ class Run:
         """From now on pruned weights keep their values in ``master``."""
         self.master = MasterWeights(self.controller)
 
-    def show_values(self, trained: Mapping[str, Tensor] | None = None) -> None:
-        """Let the optimizer see the full values in its next step.
-
-        Args:
-            trained: weight name -> bool mask of where it may change them; None is everywhere.
-        """
-        assert self.master is not None
-        self.master.show()
-        self._shown, self._trained = True, trained
-
-    def take_values(self) -> None:
-        """Take over what the optimizer made of the values that were shown, if any were."""
-        if self._shown:
-            assert self.master is not None
-            self.master.take(self._trained)
-            self._shown, self._trained = False, None
-
     def conceal(self) -> None:
         """Between ``optimizer.step()`` and ``after_step()``: the model as forward passes see it."""
-        if self._shown:
-            self.take_values()
-            assert self.master is not None
-            self.master.hide()
+        if self.master is not None:
+            self.master.conceal()
 
     def hide(self, masks: Iterable[tuple[str, Tensor]], strategy: str) -> CommitReport:
         """``remask`` with values and optimizer state kept at pruned places.

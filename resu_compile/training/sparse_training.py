@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resu_compile.errors import ArgumentError, ArgumentTypeError
+from resu_compile.errors import ArgumentError
 from resu_compile.methods import TrainingMethod
 from resu_compile.methods.registry import name_of
 from resu_compile.phase import Phase, Routing
 from resu_compile.runtime.controller import find_controller
-from resu_compile.training.attach import attach
+from resu_compile.training.attach import attach, checked_model
 from resu_compile.training.config import TrainingConfig
 from resu_compile.training.cycle import CycleEvent, CycleStats
 from resu_compile.training.data_needs import check_calibration
-from resu_compile.training.distributed import masks_of_first, plain_model
+from resu_compile.training.distributed import masks_of_first
 from resu_compile.training.method_run import Run
 from resu_compile.training.method_stats import UpdateStats
 from resu_compile.training.plan import Span, Stage
@@ -69,13 +69,7 @@ class SparseTraining(Run):
         on_pause: Callable[[nn.Module, int], object] | None = None,
         calibration: Any = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise ArgumentTypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-        if not isinstance(config, TrainingConfig):
-            raise ArgumentTypeError(
-                f"config: expected a TrainingConfig, got {type(config).__name__}"
-            )
-        plain = plain_model(model)
+        plain = checked_model(model, config)
         super().__init__(
             plain, config, on_event=on_event, on_pause=on_pause, calibration=calibration
         )
