@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import resu_compile as resu
-from resu_compile.experiments import ExperimentConfig
+from resu_compile.experiments import ExperimentConfig, TaskSpec, run_experiment
 from resu_compile.experiments.cells import build_cells
+from resu_compile.experiments.records import read_records
 from resu_compile.experiments.tasks import text
 from resu_compile.methods import training_method_names
 
@@ -92,6 +94,7 @@ def test_finetune_hf(tmp_path, capsys):
         ("evidence_bytes", 2 * 5 * (1 + 14 * 4)),
         ("evidence_digits", 5 * (1 + 14 * 3)),
         ("experiment_small", 3 * (1 + 5 * 2)),
+        ("ablations_bytes", 5 * (1 + 14 * 3)),
     ],
 )
 def test_configs(name, runs):
@@ -106,9 +109,8 @@ def test_configs(name, runs):
             # a method with few settings has fewer trials than its budget
             assert 3 <= len(found) <= config.tuning.trials
             assert found[0].settings == {}
-    assert len(trials) >= 0.9 * len(config.sparsities) * (len(config.methods) - 1) * (
-        config.tuning.trials
-    )
+    searched = sum(bool(method.search) for method in config.methods)
+    assert len(trials) >= 0.9 * len(config.sparsities) * searched * config.tuning.trials
     assert config.tuning.seed not in config.seeds
 
 
@@ -117,3 +119,24 @@ def test_evidence_has_all_methods():
     for name in ("evidence_bytes", "evidence_digits"):
         config = ExperimentConfig.load(EXAMPLES / f"{name}.yaml")
         assert {m.name for m in config.methods} == {"dense", *training_method_names()}
+
+
+def test_each_ablation_differs_from_resu(tmp_path):
+    """Every entry of the file trains, here on a model that takes no time, and otherwise."""
+    pytest.importorskip("yaml")
+    config = ExperimentConfig.load(EXAMPLES / "ablations_bytes.yaml")
+    task = TaskSpec("tests.experiments.linear_task:make", steps=80)
+    config = replace(
+        config,
+        tasks=(task,),
+        sparsities=(0.75,),
+        seeds=(0,),
+        training={"compile": False},
+        output=tmp_path,
+    )
+    assert run_experiment(config).failed == ()
+    losses = {r["method"]: r["scores"]["test"]["loss"] for r in read_records(config.results)}
+    assert len(losses) == 15
+    # where nothing came back, a ceiling and a contest of all are the same
+    assert losses.pop("ceiling") != losses["resu"]
+    assert len(set(losses.values())) == 14
