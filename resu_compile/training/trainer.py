@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from resu_compile.errors import ArgumentError, ArgumentTypeError
@@ -27,7 +27,6 @@ from resu_compile.training.distributed import (
     from_first,
     gather,
     is_first,
-    mean,
     on_first,
     rank,
     world_size,
@@ -35,9 +34,15 @@ from resu_compile.training.distributed import (
 from resu_compile.training.patience import Patience
 from resu_compile.training.plan import Span, Stage
 from resu_compile.training.random_state import random_state, restore_random_state
+from resu_compile.training.records import (
+    masks_record,
+    pause_record,
+    start_record,
+    step_record,
+)
 from resu_compile.training.resume import check_unused, check_world, newest_state
 from resu_compile.training.sparse_training import SparseTraining
-from resu_compile.training.stats import Record, StatsWriter, layer_sparsities, mask_picture
+from resu_compile.training.stats import Record, StatsWriter
 from resu_compile.training.stepper import LossFn, Stepper
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
@@ -184,7 +189,8 @@ class Trainer:
         self.model.train()
         resumed = self.cycle.step_index > 0
         if not resumed:
-            self._begin_stats()
+            self._writer.begin()
+            self._writer.write("start", 0, **start_record(self.config))
         for callback in self.callbacks:
             callback.on_start(self)
         self.cycle.start()
@@ -195,17 +201,6 @@ class Trainer:
             self._step()
         return self._end()
 
-    def _begin_stats(self) -> None:
-        import resu_compile
-
-        self._writer.begin()
-        self._writer.write(
-            "start",
-            0,
-            config=self.config.describe(),
-            versions={"torch": torch.__version__, "resu_compile": resu_compile.__version__},
-        )
-
     def _step(self) -> None:
         cycle, config = self.cycle, self.config
         span, done = cycle.span, cycle.step_index + 1
@@ -215,7 +210,8 @@ class Trainer:
             self._method.conceal()  # no one looks at what only the optimizer is to see
         if done % config.log_every == 0 or done == span.stop:
             self._stepper.watch.check()  # before a pruning, which would name no step
-            self._log(loss, span, done)
+            record = step_record(self.model, self.optimizer, loss, span)
+            self._writer.write("step", done, **record)
         for callback in self.callbacks:
             callback.on_step(self, loss)
         due = config.evaluate_every is not None and done % config.evaluate_every == 0
@@ -231,19 +227,6 @@ class Trainer:
         checkpoint = config.checkpoint
         if checkpoint is not None and (done % checkpoint.every == 0 or last or self._stopped):
             self.save()
-
-    def _log(self, loss: Tensor, span: Span, step: int) -> None:
-        controller = find_controller(self.model)
-        self._writer.write(
-            "step",
-            step,
-            cycle=span.cycle,
-            stage=str(span.stage),
-            phase="dense" if controller is None else str(controller.phase),
-            loss=mean(loss).item(),
-            lr=float(self.optimizer.param_groups[0]["lr"]),
-            sparsity=0.0 if controller is None else controller.sparsity,
-        )
 
     def _evaluate(self, span: Span, step: int) -> None:
         if self.evaluate is None:
@@ -276,13 +259,7 @@ class Trainer:
     def _on_event(self, event: CycleEvent) -> None:
         """Hear of what the cycle did between two steps."""
         if event.pause is not None:
-            self._writer.write(
-                "pause",
-                event.step,
-                cycle=event.cycle,
-                reason=event.pause.reason,
-                suggested_steps=event.pause.suggested_steps,
-            )
+            self._writer.write("pause", event.step, **pause_record(event))
             for callback in self.callbacks:
                 callback.on_pause(self, event.pause)
             self.model.train()
@@ -293,15 +270,7 @@ class Trainer:
         controller, report = self.cycle.controller, event.report
         assert controller is not None
         assert report is not None
-        self._writer.write(
-            event.kind,
-            event.step,
-            cycle=event.cycle,
-            report=report.as_dict(),
-            sparsity=controller.sparsity,
-            layers=layer_sparsities(controller),
-            mask=mask_picture(controller),
-        )
+        self._writer.write(event.kind, event.step, **masks_record(event, controller))
         for callback in self.callbacks:
             if event.kind == "prune":
                 callback.on_prune(self, report)
