@@ -26,6 +26,7 @@ from resu_compile.experiments.records import Record, by_key, read_records
 from resu_compile.experiments.table import DENSE_AT, Group, group_runs
 
 Rows = list[list[Any]]
+OFF_BUDGET = 0.02  # of equal training FLOPs, relative, that the report tells of
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,13 @@ def _notes(groups: Sequence[Group], records: Sequence[Record]) -> list[str]:
                     f"Capped: {group.title}, {name} at {sparsity:g}: its steps end before its "
                     "training FLOPs do."
                 )
+            elif group.budget == "flops" and sparsity != DENSE_AT:
+                spent = group.values(name, sparsity, "flops", "training")
+                if max(abs(value - 1.0) for value in spent) > OFF_BUDGET:
+                    notes.append(
+                        f"Off budget: {group.title}, {name} at {sparsity:g} spent "
+                        f"{min(spent):.3f} to {max(spent):.3f} of the training FLOPs."
+                    )
     sources = {record["environment"]["source"] for record in known if "environment" in record}
     if len(sources) > 1:
         notes.append(

@@ -232,6 +232,15 @@ def test_other_lengths_and_budgets_are_groups(results):
     ]
 
 
+@pytest.mark.parametrize(("spent", "told"), [(1.015, False), (1.08, True), (0.9, True)])
+def test_a_missed_budget_is_told_of(results, spent, told):
+    flops = {"training": spent, "inference": 0.1, "capped": False}
+    append_record(results, record("gmp", 0.9, 0, 0.9, budget="flops", key="f", flops=flops))
+    text = write_report(results).text
+    line = f"gmp at 0.9 spent {spent:.3f} to {spent:.3f} of the training FLOPs."
+    assert (f"Off budget: bytes, 1x (3000 steps), equal training FLOPs, {line}" in text) is told
+
+
 def test_runs_of_an_earlier_config_are_told_of(results):
     append_record(results, record("resu", 0.9, 0, 0.5, key="another"))
     (group,) = group_runs(read_records(results))

@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -78,19 +78,8 @@ def standard_library(
         lr: highest learning rate; None is that of the size.
         device: where model and data live.
     """
-    from resu_compile.demo.tasks import standard_library_files
-
     check_choice(size, SIZES, name="size")
-    files = standard_library_files()
-    random.Random(0).shuffle(files)
-    edge = int(len(files) * SHARE)
-    parts = {
-        "validation": files[:edge],
-        "test": files[edge : 2 * edge],
-        "train": files[2 * edge :],
-    }
-    limit = SIZES[size].max_bytes
-    texts = {name: _read(found, limit) for name, found in parts.items()}
+    texts = library_texts(SIZES[size].max_bytes)
     return byte_task(texts, _with_lr(SIZES[size], lr), steps=steps, seed=seed, device=device)
 
 
@@ -181,6 +170,26 @@ def bits_per_byte(text: Tensor, size: GPTSize, model: nn.Module) -> dict[str, fl
 
 
 # -- reading -----------------------------------------------------------------------------------
+@lru_cache(maxsize=2)
+def library_texts(max_bytes: int) -> dict[str, Tensor]:
+    """The bytes of the three splits of the standard library; not to be written into.
+
+    Args:
+        max_bytes: of each split that are read.
+    """
+    from resu_compile.demo.tasks import standard_library_files
+
+    files = standard_library_files()
+    random.Random(0).shuffle(files)
+    edge = int(len(files) * SHARE)
+    parts = {
+        "validation": files[:edge],
+        "test": files[edge : 2 * edge],
+        "train": files[2 * edge :],
+    }
+    return {name: _read(found, max_bytes) for name, found in parts.items()}
+
+
 def read_wikitext(folder: str, max_bytes: int = 1 << 40) -> dict[str, Tensor]:
     """The bytes of the three splits in ``folder``, as ``wikitext`` finds them.
 
