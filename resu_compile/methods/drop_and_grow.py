@@ -12,8 +12,9 @@ Source: google-research/rigl, rigl/sparse_optimizers_base.py
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -26,6 +27,8 @@ from resu_compile.sparsity import only_at, topk_mask
 
 if TYPE_CHECKING:
     from resu_compile.training.method_run import Run
+
+log = logging.getLogger(__name__)
 
 
 # -- one weight --------------------------------------------------------------------------------
@@ -118,15 +121,19 @@ class DropAndGrow(TrainingMethod):
         """The step of ``stop``."""
         return steps_of(self.stop, run.steps)
 
+    def update_steps(self, run: Run) -> Collection[int]:
+        """When the masks are to be updated: at so many steps done."""
+        every = max(steps_of(self.every, run.steps), 1)
+        first = every * (steps_of(self.start, run.steps) // every + 1)
+        return range(first, self.settled(run), every)
+
     def is_due(self, run: Run) -> bool:
         """Whether the masks are updated when ``run.step`` steps are done."""
-        every = max(steps_of(self.every, run.steps), 1)
-        on_time = steps_of(self.start, run.steps) < run.step and run.step % every == 0
-        return (on_time or self._is_late(run)) and run.step < self.settled(run)
+        return run.step in self.update_steps(run) or self.is_late(run)
 
-    def _is_late(self, run: Run) -> bool:
-        """Whether the update of the last step waits for gradients that have not overflowed."""
-        return run.postponed and self._is_before_step
+    def is_late(self, run: Run) -> bool:
+        """Whether the last step was to update, and its gradients had overflowed."""
+        return run.postponed and self._is_before_step and run.step < self.settled(run)
 
     def fraction_now(self, run: Run) -> float:
         """f, with ``end + (f - end) decay(min(t, T) / T)``, T the step of ``stop``."""
@@ -155,6 +162,15 @@ class DropAndGrow(TrainingMethod):
     # -- hooks ---------------------------------------------------------------------------------
     def begin(self, run: Run) -> None:
         """A random mask."""
+        if not self.update_steps(run):
+            log.warning(
+                "%s: no update in %d steps with every=%r, start=%r and stop=%r; masks will stay",
+                self.label,
+                run.steps,
+                self.every,
+                self.start,
+                self.stop,
+            )
         run.prune(method="random")
 
     def before_step(self, run: Run) -> bool:

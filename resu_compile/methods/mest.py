@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -69,9 +69,13 @@ class MEST(DropAndGrow):
         """r, from the share of the steps that is done."""
         return self._ranges[sum(run.step >= border for border in self._borders(run))]
 
-    def is_due(self, run: Run) -> bool:
+    def update_steps(self, run: Run) -> Collection[int]:
         """As for the others, and where a range ends: the last one brings the final sparsity."""
-        return super().is_due(run) or run.step in self._borders(run) or self._is_late(run)
+        return {*super().update_steps(run), *self._borders(run)}
+
+    def is_late(self, run: Run) -> bool:
+        """As for the others, and after the last border too."""
+        return run.postponed and self._is_before_step
 
     def _borders(self, run: Run) -> list[int]:
         return [steps_of(share, run.steps) for share in self.stages]

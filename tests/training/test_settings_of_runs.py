@@ -196,3 +196,13 @@ def test_rewinding_takes_the_buffers_back_too():
         assert torch.equal(value, wanted), name
     assert not optimizer.state
     assert list(run.controller.weights) == [WEIGHTS[0], "2.weight"]
+
+
+def test_masks_that_will_never_change_are_told_of(caplog):
+    """The default of every 100 steps in a run of 20."""
+    make_run("rigl").start()
+    assert "rigl: no update in 20 steps with every=100" in caplog.text
+    caplog.clear()
+    make_run("rigl", options={"every": 5}).start()
+    make_run("mest", options={"every": 100}).start()  # where its ranges end
+    assert not caplog.records
