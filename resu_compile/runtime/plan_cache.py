@@ -38,8 +38,8 @@ KERNEL_FOLDER = Path(__file__).parent.parent / "kernels"
 
 _SOURCES = {  # how the names of its files begin
     Kernel.CSR: ("csr_linear",),
-    Kernel.ROWS: ("row_linear", "row_weight"),
-    Kernel.TILES: ("tile_linear", "tile_weight"),
+    Kernel.ROWS: ("row_group", "row_linear", "row_order", "row_weight"),
+    Kernel.TILES: ("tile_",),
     Kernel.SEMI: ("semi_",),
 }
 
