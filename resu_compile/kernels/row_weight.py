@@ -23,7 +23,8 @@ shared memory, the lanes of a warp then mostly find different banks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,14 +33,8 @@ from torch import Tensor
 
 from resu_compile.errors import ArgumentError, WeightError
 from resu_compile.kernels._triton import cdiv
-from resu_compile.kernels.row_order import (
-    CHUNK,
-    GROUP,
-    divide_rows,
-    spread_groups,
-    value_slot,
-    with_fillers,
-)
+from resu_compile.kernels.row_fill import Places, count_fillers, fill_rows
+from resu_compile.kernels.row_order import CHUNK, GROUP, divide_rows, value_slot
 
 NARROW_COLUMNS = 1 << 16  # up to here a base column fits 16 bits
 MAX_ENTRIES = 2**31 - 1  # entry numbers are int32, fillers and room included
@@ -179,39 +174,25 @@ def pack_rows(
     weight = weight.detach()
     kept = weight != 0 if mask is None else mask
     place = kept.reshape(-1).nonzero().view(-1)  # (nnz,), int64
-    counts = kept.sum(1)  # (N,), int64
     if place.numel() > MAX_ENTRIES // 2:
         raise WeightError(
             f"weight: expected at most {MAX_ENTRIES // 2} entries to keep, got {place.numel()}; "
             "leave this weight dense or split it"
         )
-    val = weight.reshape(-1)[place]
-    col = (place % in_features).to(torch.int32)
-    del place
-    rows = torch.arange(out_features, device=weight.device)
-    row = rows.to(torch.int32).repeat_interleave(counts, output_size=col.numel())
-    gap = torch.zeros_like(col)
-    gap[1:] = torch.where(row[1:] == row[:-1], col[1:] - col[:-1], gap[1:])
+    counts = kept.sum(1)  # (N,), int64
+    stop = counts.cumsum(0)
+    candidates = GAP_BITS if gap_bits is None else (gap_bits,)
+    fillers = {bits: count_fillers(place, stop, in_features, bits) for bits in candidates}
     if gap_bits is None:
-        gap_bits = _smaller_bits(gap, val.element_size())
-
-    # room for the fillers before an entry whose gap is too wide
-    widest = (1 << gap_bits) - 1
-    fillers = (gap - 1).clamp_(min=0) // widest  # (nnz,), int32
-    filled = fillers.cumsum(0, dtype=torch.int32)
-    stop = counts.cumsum(0)  # (N,), entries
-    fillers_stop = F.pad(filled, (1, 0))[stop]  # (N,): fillers up to the end of each row
-    stop = stop + fillers_stop
-    start = F.pad(stop, (1, 0))[:-1]
-    groups = (stop - start + (GROUP - 1)) // GROUP  # (N,), int64
+        gap_bits = _smaller_bits(place.numel(), fillers, weight.element_size())
+    groups = (counts + fillers[gap_bits] + (GROUP - 1)) // GROUP  # (N,), int64
     group_stop = groups.cumsum(0)
-    group_start = group_stop - groups
 
     first, room, capacity = divide_rows(groups, group_stop, blocks)
     if like is not None and like.capacity >= capacity and like.room >= room:
         room, capacity = like.room, like.capacity
     elif spare:
-        room += cdiv(int(room * spare * 1000), 1000)
+        room += math.ceil(room * spare)
         capacity = cdiv(int(capacity * (1.0 + spare)), CHUNK) * CHUNK
     total = blocks * capacity
     if total * GROUP > MAX_ENTRIES:
@@ -219,55 +200,22 @@ def pack_rows(
             f"weight: expected at most {MAX_ENTRIES} stored entries, got {total * GROUP}; "
             "leave this weight dense or split it"
         )
+    rows = torch.arange(out_features, device=weight.device)
     block = torch.bucketize(rows, first[1:], right=True)  # (N,)
     block_start = F.pad(group_stop, (1, 0))[first]  # (blocks + 1,)
-    shift = block * capacity - block_start[block]  # (N,): stored group minus group
-    stored_group = spread_groups(groups, group_start, int(group_stop[-1])).to(torch.int64)
-    stored_group += shift.repeat_interleave(groups, output_size=stored_group.numel())
+    start = group_stop - groups - block_start[block] + block * capacity  # (N,)
+    places = Places(place, stop, groups, start, total, in_features)
+    narrow = in_features <= NARROW_COLUMNS
+    val, gap, base = fill_rows(weight, places, gap_bits, torch.int16 if narrow else torch.int32)
 
-    # entries in the order of the padded stream: number -> group and place within
-    number = torch.arange(col.numel(), dtype=torch.int32, device=col.device) + filled
-    last_gap = gap - fillers * widest
-    if bool(fillers.any()):
-        number, row, col, last_gap, val = with_fillers(
-            number, row, col, last_gap, val, fillers, widest
-        )
-    offset = (group_start * GROUP - start).to(torch.int32)  # (N,): slot of a group minus number
-    slot = number + offset[row]
-    place_in_group = slot & (GROUP - 1)
-    group = stored_group[slot >> 4]  # (entries,), int64
-    new = col.new_zeros
-    stored_base = new(total)
-    leads = place_in_group == 0
-    stored_base[group[leads]] = col[leads]
-    stored_gap = new(total * GROUP, dtype=torch.uint8)
-    natural = group * GROUP + place_in_group
-    stored_gap[natural] = last_gap.masked_fill_(leads, 0).to(torch.uint8)
-    stored_val = val.new_zeros(total * GROUP)
-    stored_val[value_slot(natural, val.element_size())] = val
-    if gap_bits == 4:
-        halves = stored_gap.view(-1, 2, 2, 4)  # (group, 8 entries, upper half, 4)
-        stored_gap = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(-1)
-    if in_features <= NARROW_COLUMNS:
-        stored_base = stored_base.to(torch.int16)
-
-    ends = first[:-1, None] + torch.arange(room, device=first.device)
-    ends = group_stop[ends.clamp_(max=first[1:, None] - 1).clamp_(min=0)] - block_start[:-1, None]
+    row = first[:-1, None] + torch.arange(room, device=first.device)  # (blocks, room)
+    row = row.clamp_(max=first[1:, None] - 1).clamp_(min=0)
+    ends = group_stop[row] - block_start[:-1, None]
     ends = ends.clamp_(min=0).to(torch.int32)  # below 0: of a run without rows
     chunks = torch.arange(0, capacity, CHUNK, dtype=torch.int32, device=ends.device)
     lead = torch.searchsorted(ends, chunks.repeat(blocks, 1), right=True, out_int32=True)
     shape = (out_features, in_features)
-    return RowWeight(
-        stored_val,
-        stored_gap,
-        stored_base,
-        ends,
-        first.to(torch.int32),
-        lead,
-        shape,
-        gap_bits,
-        capacity,
-    )
+    return RowWeight(val, gap, base, ends, first.to(torch.int32), lead, shape, gap_bits, capacity)
 
 
 def unpack_rows(packed: RowWeight) -> Tensor:
@@ -332,11 +280,10 @@ def _check(weight: Tensor, mask: Tensor | None) -> None:
         )
 
 
-def _smaller_bits(gap: Tensor, itemsize: int) -> int:
+def _smaller_bits(entries: int, fillers: Mapping[int, Tensor], itemsize: int) -> int:
     """Bits of a gap that take fewer bytes altogether; 8 where that is within 2 %."""
-    sizes = {}
-    for bits in GAP_BITS:
-        fillers = (gap - 1).clamp_(min=0) // ((1 << bits) - 1)
-        entries = gap.numel() + int(fillers.sum())
-        sizes[bits] = entries * (itemsize + bits / 8 + 2 / GROUP)
+    many = dict(
+        zip(fillers, torch.stack([f.sum() for f in fillers.values()]).tolist(), strict=True)
+    )
+    sizes = {bits: (entries + n) * (itemsize + bits / 8 + 2 / GROUP) for bits, n in many.items()}
     return 4 if sizes[4] < 0.98 * sizes[8] else 8

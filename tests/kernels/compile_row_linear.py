@@ -1,4 +1,4 @@
-"""Compile the portable row kernel for an H100 or H200; needs no GPU.
+"""Compile the Triton kernels of weights packed by rows for an H100 or H200; needs no GPU.
 
 The interpreter runs what the compiler may refuse, and takes the place of ``triton.jit`` in the
 process of the tests: ``python -m tests.kernels.compile_row_linear`` prints a line a variant.
@@ -9,32 +9,37 @@ from __future__ import annotations
 import itertools
 import re
 import sys
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from resu_compile.kernels.plan import ACTIVATIONS
+from resu_compile.kernels.row_fill import BLOCK, _count_kernel, _fill_kernel
 from resu_compile.kernels.row_linear_triton import _row_linear_kernel
 
 HOPPER = GPUTarget("cuda", 90, 32)
-POINTERS = {"gap_ptr": "u8", "base_ptr": "i16", "ends_ptr": "i32", "first_ptr": "i32"}
+LINEAR = {"gap_ptr": "u8", "base_ptr": "i16", "ends_ptr": "i32", "first_ptr": "i32"}
+FILL = {"flat_ptr": "i16", "val_ptr": "i16", "gap_ptr": "u8", "base_ptr": "i16"}
 
 
-def ptx_of(constants: dict[str, int]) -> str:
-    """PTX for bf16, with aligned pointers."""
+def compile_for_hopper(
+    kernel: Any, pointers: dict[str, str], others: str, constants: dict[str, int]
+) -> str:
+    """The target that the PTX names; pointers are aligned, those not named point to ``others``."""
     signature = {}
-    for name in _row_linear_kernel.arg_names:
+    for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
         else:
-            signature[name] = f"*{POINTERS.get(name, 'bf16')}" if name.endswith("_ptr") else "i32"
-    names = enumerate(_row_linear_kernel.arg_names)
+            signature[name] = f"*{pointers.get(name, others)}" if name.endswith("_ptr") else "i32"
+    names = enumerate(kernel.arg_names)
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in names if name.endswith("_ptr")}
-    source = ASTSource(
-        fn=_row_linear_kernel, signature=signature, constexprs=constants, attrs=aligned
-    )
-    return triton.compile(source, target=HOPPER, options={"num_warps": 4}).asm["ptx"]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    ptx = triton.compile(source, target=HOPPER, options={"num_warps": 4}).asm["ptx"]
+    found = re.search(r"\.target (sm_\w+)", ptx)
+    return found[1] if found else "no target"
 
 
 def main() -> None:
@@ -48,8 +53,12 @@ def main() -> None:
             "BLOCK_G": 8,
             "BLOCK_M": block_m,
         }
-        found = re.search(r"\.target (sm_\w+)", ptx_of(constants))
-        sys.stdout.write(f"{gap_bits} bits, {block_m} rows: {found and found[1]}\n")
+        target = compile_for_hopper(_row_linear_kernel, LINEAR, "bf16", constants)
+        sys.stdout.write(f"{gap_bits} bits, {block_m} rows: {target}\n")
+    widest = {"WIDEST": 255, "BLOCK": BLOCK}
+    sys.stdout.write(f"count: {compile_for_hopper(_count_kernel, {}, 'i64', widest)}\n")
+    constants = {**widest, "VECTOR": 8, "PASS_BITS": 5}
+    sys.stdout.write(f"fill: {compile_for_hopper(_fill_kernel, FILL, 'i64', constants)}\n")
 
 
 if __name__ == "__main__":
