@@ -224,7 +224,8 @@ class SparseTraining(Run):
         if not grads:
             return True
         device = grads[0].device
-        checks = [torch.isfinite(grad).all().to(device) for grad in grads]
+        dense = (grad.coalesce().values() if grad.is_sparse else grad for grad in grads)
+        checks = [torch.isfinite(grad).all().to(device) for grad in dense]
         return bool(torch.stack(checks).all())  # waits for the device once
 
     # -- state ---------------------------------------------------------------------------------

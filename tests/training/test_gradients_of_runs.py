@@ -96,6 +96,33 @@ def test_a_late_update_does_not_pass_the_stop():
     assert [update.step for update in run.updates] == [0, 2]
 
 
+class Words(nn.Module):
+    """An embedding with sparse gradients below a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 8, sparse=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.table(x))
+
+
+def test_sparse_gradients_are_looked_at_for_overflow_too():
+    model = Words()
+    run = make_run("rigl", model, options={"every": 1}, steps=4).start()
+    words = torch.arange(6).remainder(4)
+    for overflow in (False, True, False):
+        (model(words).square().mean() * 64.0).backward()
+        if overflow:
+            model.table.weight.grad = model.table.weight.grad * torch.inf
+        run.after_backward(loss_scale=64.0)
+        assert run.postponed is overflow
+        model.zero_grad()
+        run.after_step()
+    assert [update.step for update in run.updates] == [0, 2]
+
+
 # -- calls ---------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "options"), [("mest", WITH_GRADIENT), ("set", {"every": 2, "replaces_step": True})]
