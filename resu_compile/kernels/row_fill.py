@@ -16,7 +16,7 @@ from resu_compile.kernels._triton import HAS_TRITON, jit, tl
 from resu_compile.kernels.row_order import GROUP, spread_groups, value_slot, with_fillers
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-BLOCK = 1024  # entries of a step
+BLOCK = 512  # entries of a step: 4096 columns at 90 % sparsity keep 410
 NUM_WARPS = 4
 
 
