@@ -7,7 +7,7 @@
 // The SPLITS blocks of a cluster share out the columns: each keeps its columns of x in shared
 // memory and walks over rows of W. A block is GROUPS warpgroups; each takes 64 rows at a time, on
 // its own. A warp copies the segments of its strip (flags and streams) ahead of itself into SLOTS
-// slots with the bulk copy engine, across the ends of strips.The partial sums of 64 rows are sent
+// slots with the bulk copy engine, across the ends of strips. The partial sums of 64 rows are sent
 // through the shared memory of the cluster; one block adds up 64 / SPLITS rows in a fixed order,
 // and does so after its next 64 rows are decoded, so that nobody waits.
 //
