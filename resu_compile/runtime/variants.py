@@ -108,16 +108,9 @@ class GraphVariants:
             binding = self._bind(args)
         run = binding.run
         if run is None or not run.is_current():
-            if self._is_refused(binding):
-                raise PhaseError(
-                    "expected a call without gradients, because release_dense() was asked for, "
-                    "which is for inference; use torch.no_grad() or torch.inference_mode(); "
-                    f"{RESTORE}"
-                )
-            if self._may_release(binding) and self._release(binding):
-                # eager this once: Dynamo captures what it finds at the next call
+            run = self._settled(binding)
+            if run is None:  # eager this once: Dynamo captures what it finds at the next call
                 return self.gm(*dense_values(args))
-            run = self._prepare(binding)
         if not run.settle(args):
             binding.runs.clear()
             run = self._prepare(binding)
@@ -174,6 +167,24 @@ class GraphVariants:
                     weight.name,
                     ", ".join(sorted(users)),
                 )
+
+    def _settled(self, binding: Binding) -> Run | None:
+        """What runs from now on; None if dense storage was freed for it, and this is captured anew.
+
+        One thread at a time, and none while another captures: a capture is of what it finds, and
+        tracing changes state of the whole process.
+        """
+        from torch._dynamo.convert_frame import compile_lock
+
+        if self._is_refused(binding):
+            raise PhaseError(
+                "expected a call without gradients, because release_dense() was asked for, which "
+                f"is for inference; use torch.no_grad() or torch.inference_mode(); {RESTORE}"
+            )
+        with compile_lock:
+            if self._may_release(binding) and self._release(binding):
+                return None
+            return self._prepare(binding)
 
     def _prepare(self, binding: Binding) -> Run:
         """Take up the variant of the present phase, and compile it the first time."""
@@ -304,6 +315,9 @@ class GraphVariants:
         """What Dynamo sets up around a backend; guards on sizes are recorded, see _size_check."""
         from torch._dynamo.utils import preserve_rng_state
 
+        # newer releases let other threads call compiled functions meanwhile
+        session = getattr(torch.compiler, "_compile_session_context", nullcontext)
+
         shape_env = self._fake_mode.shape_env if self._fake_mode else None
         frozen = shape_env is not None and shape_env.frozen
         if shape_env is not None:
@@ -312,7 +326,7 @@ class GraphVariants:
             shape_env.frozen = False
         try:
             context = torch._guards.TracingContext(self._fake_mode)
-            with torch._guards.tracing(context), preserve_rng_state():
+            with session(), torch._guards.tracing(context), preserve_rng_state():
                 yield
         finally:
             if shape_env is not None:

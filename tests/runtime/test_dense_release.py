@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -298,6 +299,26 @@ def test_a_gradient_through_another_backend_raises():
 def test_a_value_of_no_released_weight_raises():
     with pytest.raises(PhaseError, match="freed in this process, got another tensor of shape"):
         released_value(torch.zeros(3, 4))
+
+
+def test_threads_that_call_at_once():
+    model = resu.sparsify(Net(), 0.7, compile=False)
+    with torch.no_grad():
+        inputs = [torch.randn(rows, 96) for rows in (4, 5, 6, 7)]
+        expected = [model(x) for x in inputs]
+    call = torch.compile(model, backend=Backend(threshold=0.0))
+    ctl = resu.controller(model)
+    ctl.release_dense()
+
+    @torch.no_grad()
+    def use(number):
+        return [call(inputs[number]) for _ in range(4)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for value, results in zip(expected, pool.map(use, range(4)), strict=True):
+            for result in results:
+                torch.testing.assert_close(result, value)
+    assert set(ctl.released.released) == FREED
 
 
 def test_conversions_that_change_nothing_keep_it_released():
