@@ -194,8 +194,8 @@ def test_sums_stay_in_registers(rows, tmp_path):
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in done.stderr
 
 
-# Few variants of the kernel, since each takes half a second or more to compile: the number of rows
-# decides how many are multiplied at once, and K whether x is in shared memory.
+# Few variants of the kernel, since each takes 0.2 to 0.5 s to compile. The number of rows decides
+# how many are multiplied at once, and K whether x is in shared memory.
 CASES = {
     "one": ((1, 1), 0.0, {"blocks": 1, "gap_bits": 8}, (1, 8)),
     "ragged": ((257, 1001), 0.9, {"blocks": 16, "gap_bits": 8}, range(1, 10)),
