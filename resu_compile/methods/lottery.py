@@ -73,6 +73,11 @@ class Lottery(TrainingMethod):
                 f"to sparsity {run.config.sparsity:g} at rate={self.rate}, got {run.steps}; a "
                 "higher rate takes fewer levels"
             )
+        first = self.level_ends(run)[0]
+        if isinstance(self.rewind, int) and self.rewind >= first:
+            raise ArgumentError(
+                f"rewind: expected a step of the first level, which has {first}, got {self.rewind}"
+            )
         self.after_step(run)
 
     def after_step(self, run: Run) -> None:

@@ -295,12 +295,11 @@ class Trainer:
             self._writer.write("stop", cycle.step_index, reason=reason)
             for callback in self.callbacks:
                 callback.on_stop(self, reason)
+        before = self._method_stats()  # a densified model has no controller afterwards
         cycle.finish()  # a run that stops early may be pruned here
         controller = find_controller(self.model)
         sparsity = 0.0 if controller is None else controller.sparsity
-        told = {}
-        if self._method is not None and controller is not None:
-            told["method"] = self._method.stats().as_dict()
+        told = self._method_stats() or before
         best = None if self._patience is None else self._patience.best
         self._writer.write("end", cycle.step_index, sparsity=sparsity, best=best, **told)
         result = TrainingResult(
@@ -309,6 +308,11 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_end(self, result)
         return result
+
+    def _method_stats(self) -> dict[str, Any]:
+        if self._method is None or find_controller(self.model) is None:
+            return {}
+        return {"method": self._method.stats().as_dict()}
 
     # -- state ---------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:

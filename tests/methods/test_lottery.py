@@ -78,5 +78,7 @@ def test_a_wrong_setting_is_named():
         Lottery(rate=0.0)
     with pytest.raises(ArgumentError, match="^rewind: expected"):
         Lottery(rewind=-1)
+    with pytest.raises(ArgumentError, match="^rewind: expected a step of the first level.*got 9"):
+        make_run("lottery", sparsity=0.5, steps=25, options={"rewind": 9}).start()
     with pytest.raises(ArgumentError, match="^steps: expected at least 24, two for each of 12"):
         make_run("lottery", sparsity=0.9).start()
