@@ -123,15 +123,16 @@ class TileConfig:
         return self.fixed_bytes(shape) + x_bytes
 
     def work(self, shape: TileShape) -> float:
-        """Segments that a warpgroup takes one after the other, to compare cuts.
+        """Blocks of 64 x 256 places that a warpgroup takes one after the other, to compare cuts.
 
-        What else it does is counted in segments: to send and add up the sums of 64 rows, more for
-        more rows of x; to bring x, an eighth of the work on 64 rows; and to bring it again and
-        again where a block cannot hold its columns of it.
+        What else it does is counted in such blocks: to send and add up the sums of 64 rows, more
+        for more rows of x; to bring x, an eighth of the work on 64 rows; and to bring it again and
+        again where a block of threads cannot hold its columns of it.
         """
         items = cdiv(cdiv(shape.out_features, GROUP_ROWS), CLUSTERS[self.splits])
         own = self.own_segments(shape)
-        work = (cdiv(items, self.groups) + 1 / 8) * (own + 1 / 4 + self.tile_m / 32)
+        blocks = own * shape.segment / 256 + 1 / 4 + self.tile_m / 32  # of 64 rows
+        work = (cdiv(items, self.groups) + 1 / 8) * blocks
         return work * (1 + self.tile_m / 40) if self.held_segments(shape) < own else work
 
 
