@@ -16,7 +16,9 @@ from resu_compile.comparison import parse_pattern
 from resu_compile.config import CompileConfig
 from resu_compile.kernels.packed_linear import PackedLinear, default_format
 from resu_compile.kernels.plan import Kernel, batch_bucket
+from resu_compile.kernels.sparse_linear import sparse_linear_autocast
 from resu_compile.passes.find_weights import WeightSite
+from resu_compile.passes.fx_utils import VIEWS, call_name
 from resu_compile.passes.merge_linears import find_mergeable
 from resu_compile.passes.sparse_matmul import SparseCall, drop_unused
 from resu_compile.runtime.controller import Controller
@@ -146,6 +148,8 @@ def release_unused(
         for i, weight in weights.items()
         if weight.controller.released is not None and not weight.is_released
     }
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    readers = {i: ", ".join(sorted(_readers(placeholders[i]))) for i in reports}
     unused = drop_unused(gm, reports)
     freed = False
     # small ones first: packing takes several times the memory of a weight
@@ -159,8 +163,19 @@ def release_unused(
             start += rows_of(member)
     for index, report in reports.items():
         if report is not None and index not in unused:
-            report.kept[weights[index].name] = "a graph reads the dense weight"
+            report.kept[weights[index].name] = f"a graph reads it densely: {readers[index]}"
     return freed
+
+
+def _readers(node: fx.Node) -> set[str]:
+    """Names of the calls that read ``node``, itself or through views."""
+    names = set()
+    for user in node.users:
+        name = call_name(user)
+        if name == sparse_linear_autocast.__name__:
+            name = "linear, at batch sizes that its plan leaves dense"
+        names |= _readers(user) if name in VIEWS else {name}
+    return names
 
 
 # -- plans ---------------------------------------------------------------------------------------

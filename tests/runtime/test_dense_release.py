@@ -64,7 +64,7 @@ def test_memory_is_freed_and_results_stay():
     model, ctl, call, backend, before = released()
     report = ctl.released
     assert set(report.released) == FREED
-    assert report.kept == {"last.weight": "a graph reads the dense weight"}
+    assert report.kept == {"last.weight": "a graph reads it densely: mean"}
     for name, parameter in model.named_parameters():
         freed = name in FREED
         assert stored(parameter) == (4 if freed else parameter.numel() * 4)
@@ -72,7 +72,7 @@ def test_memory_is_freed_and_results_stay():
     assert report.freed_bytes == 4 * 96 * (128 + 64 + 64 + 128)
     assert 0 < report.packed_bytes < report.freed_bytes
     assert "4 weights" in str(report)
-    assert "last.weight: a graph reads" in str(report)
+    assert "last.weight: a graph reads it densely: mean" in str(report)
     with torch.no_grad():
         torch.testing.assert_close(call(X), before)  # captured again
         with no_recompile():
@@ -225,7 +225,7 @@ def test_a_dynamic_batch_has_one_graph():
 def test_a_dense_plan_keeps_dense_storage():
     model, ctl, call, _, before = released(threshold=1.0, model=small())
     assert not ctl.released.released
-    assert set(ctl.released.kept.values()) == {"a graph reads the dense weight"}
+    assert set(ctl.released.kept.values()) == {"a graph reads it densely: linear"}
     with torch.no_grad():
         torch.testing.assert_close(call(X), before)
 
