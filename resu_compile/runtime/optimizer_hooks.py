@@ -106,6 +106,11 @@ def optimizers_of(weight: MaskedWeight) -> list[Optimizer]:
     ]
 
 
+def all_optimizers() -> list[Optimizer]:
+    """The optimizers that have made a step, of masked weights or not."""
+    return list(_views)
+
+
 def mark_synced(optimizer: Optimizer, weight: MaskedWeight) -> None:
     """Note that ``optimizer``'s state fits the present mask of ``weight``."""
     view = _views[optimizer]

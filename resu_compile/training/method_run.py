@@ -176,11 +176,10 @@ class Run:
             parameter.grad = (gradient * self.loss_scale).to(parameter.dtype)
 
     def reset_optimizer(self) -> None:
-        """Forget the state that the optimizers of the masked weights have of the model."""
-        weights = self.controller.weights.values()
-        optimizers = {id(o): o for weight in weights for o in optimizer_hooks.optimizers_of(weight)}
-        for optimizer in optimizers.values():
-            for parameter in self.model.parameters():
+        """Forget the state that optimizers have of the model's parameters, masked or not."""
+        parameters = list(self.model.parameters())
+        for optimizer in optimizer_hooks.all_optimizers():
+            for parameter in parameters:
                 optimizer.state.pop(parameter, None)
 
     # -- masks ---------------------------------------------------------------------------------

@@ -67,6 +67,24 @@ def test_equals_the_plain_loop(rewind):
     assert_sparse(run, optimizer)
 
 
+def test_an_optimizer_without_masked_weights_begins_anew_too():
+    run = make_run("lottery", steps=6, sparsity=0.5, options={"rate": 0.5}).start()
+    named = dict(run.model.named_parameters())
+    optimizers = [
+        torch.optim.AdamW([named.pop(name) for name in WEIGHTS], lr=0.1),
+        torch.optim.AdamW(named.values(), lr=0.1),
+    ]
+    for _ in range(3):
+        loss_of(run.model, make_batches()[0]).backward()
+        run.after_backward()
+        assert run.step == 0 or all(optimizer.state for optimizer in optimizers)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        run.after_step()
+    assert not any(optimizer.state for optimizer in optimizers)
+
+
 def test_an_early_end_prunes():
     run = drive(make_run("lottery"), until=3)
     run.finish()
