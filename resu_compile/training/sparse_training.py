@@ -109,9 +109,9 @@ class SparseTraining(Run):
             Itself.
         """
         if not self._started:
-            self._started = True
             self._forget_masks()
             self.method.begin(self)
+            self._started = True  # not of a run whose settings turned out not to fit
             self._prepare_step()
         return self
 
