@@ -195,7 +195,8 @@ def test_other_activations_stay(call):
     gm, result, _, _, args, extra = rewritten(call, X)
     assert "'none')" in text(result)
     assert len(calls(result)) >= len(calls(gm))
-    torch.testing.assert_close(result(*args, *extra), gm(*args))
+    # those of fp32 for the fp64 result too: its product is one of fp32
+    torch.testing.assert_close(result(*args, *extra), gm(*args), rtol=1.3e-6, atol=1e-5)
 
 
 # -- several of one input ----------------------------------------------------------------------
