@@ -43,6 +43,10 @@ class ArtifactError(ResuCompileError, RuntimeError):
     """A file is not one that ``resu_compile.export`` wrote, or it is damaged."""
 
 
+class MachineError(ResuCompileError, RuntimeError):
+    """Memory, the disk or the GPU failed in work that would have gone on elsewhere."""
+
+
 class KernelUnavailableError(ResuCompileError, RuntimeError):
     """A kernel was called where it cannot run."""
 

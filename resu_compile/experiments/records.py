@@ -78,25 +78,57 @@ def read_records(path: str | Path) -> list[Record]:
     Raises:
         ArgumentError: a line is no record of an experiment, or one of another format version.
     """
-    file = Path(path)
-    if not file.exists():
-        return []
-    data = file.read_bytes()
-    records = []
-    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(), start=1):
+    return ResultsFile(path).read()
+
+
+class ResultsFile:
+    """Reads a results file again and again, and each line of it once.
+
+    Args:
+        path: of the file, which need not be there yet.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._path = Path(path)
+        self._offset = 0
+        self._records: list[Record] = []
+
+    def read(self) -> list[Record]:
+        """The records, in order.
+
+        Raises:
+            ArgumentError: as ``read_records``.
+        """
+        size = self._path.stat().st_size if self._path.exists() else 0
+        if size < self._offset:  # it was put away, and another begun
+            self._offset, self._records = 0, []
+        if size > self._offset:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+            whole = data[: data.rfind(b"\n") + 1]  # a kill may have left half a line
+            first = len(self._records) + 1
+            found = [self._record(*item) for item in enumerate(whole.split(b"\n")[:-1], first)]
+            self._records += found
+            self._offset += len(whole)
+        return list(self._records)
+
+    def _record(self, number: int, line: bytes) -> Record:
         try:
             record = json.loads(line)
         except ValueError:
             record = None
         if not isinstance(record, dict) or record.get("format") != FORMAT:
-            raise ArgumentError(f"{path}: expected a record of an experiment in line {number}")
+            raise ArgumentError(
+                f"{self._path}: expected a record of an experiment in line {number}, got "
+                f"{line[:40]!r}; take this line out, and what it held runs again"
+            )
         if record.get("format_version") != FORMAT_VERSION:
             raise ArgumentError(
-                f"{path}: expected format version {FORMAT_VERSION} in line {number}, got "
+                f"{self._path}: expected format version {FORMAT_VERSION} in line {number}, got "
                 f"{record.get('format_version')!r}; read it with the release that wrote it"
             )
-        records.append(record)
-    return records
+        return record
 
 
 def by_key(records: Iterable[Record]) -> dict[str, Record]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from resu_compile.experiments.budget import (
     task_flops,
 )
 from resu_compile.experiments.cells import Cell
+from resu_compile.experiments.compiled_code import CompiledCode
 from resu_compile.experiments.config import ExperimentConfig
 from resu_compile.experiments.environment import environment
 from resu_compile.experiments.records import Record
@@ -27,9 +29,10 @@ from resu_compile.experiments.tracking import TensorBoard, Tracker, WandB, has_t
 from resu_compile.training.checkpoint import latest_checkpoint
 from resu_compile.training.config import CheckpointConfig, TrainingConfig
 from resu_compile.training.sparse_training import SparseTraining
-from resu_compile.training.trainer import Trainer
+from resu_compile.training.trainer import Evaluate, Trainer
 
 _BUDGETS: dict[str, Budget] = {}  # what rehearsals of this process found
+_COMPILED = CompiledCode()
 
 
 def cell_folder(config: ExperimentConfig, cell: Cell) -> Path:
@@ -62,15 +65,29 @@ def run_cell(
         config: the experiment.
         settings: chosen ones, which change the method's own.
         device: in place of the task's own.
+
+    Raises:
+        ArgumentError: the training fails, or the task does not give what it is compared by.
     """
-    torch.compiler.reset()  # what is compiled belongs to a model that is gone
+    where = device or str(cell.task.options.get("device", "cpu"))
+    index = torch.device(where).index if where.startswith("cuda:") else None
+    on_device = nullcontext() if index is None else torch.cuda.device(index)
+    training = {**config.training, **cell.method.training}
+    masked = [training.get(name) for name in ("targets", "exclude")]
+    with on_device, _COMPILED.of(repr([cell.task, masked, where])):
+        return _run_cell(cell, config, settings, device)
+
+
+def _run_cell(
+    cell: Cell, config: ExperimentConfig, settings: Mapping[str, Any], device: str | None
+) -> Record:
     budget = _budget(cell, config, settings, device)
     folder = cell_folder(config, cell)
-    task = _task(cell, budget.steps, device)
     training = replace(
         cell_training(cell, config, settings, budget.steps),
         stats=str(folder / "stats.jsonl"),
     )
+    task = build_task(cell, training.training_method().level_steps(training), device)
     if training.autocast is None:
         training = replace(training, autocast=task.autocast)
     if cell.task.checkpoint_every is not None:
@@ -98,7 +115,7 @@ def run_cell(
     stats = run.stats(flops)
     scores = {"validation": _last_evaluation(result.stats)}
     if cell.kind == "run":
-        scores["test"] = _test(task, training)
+        scores["test"] = scores_of(task, task.test, training.autocast)
     return {
         "steps": budget.steps,
         "metric": task.metric,
@@ -119,7 +136,14 @@ def run_cell(
     }
 
 
-def _task(cell: Cell, steps: int, device: str | None) -> ExperimentTask:
+def build_task(cell: Cell, steps: int, device: str | None) -> ExperimentTask:
+    """The task of a cell, fresh.
+
+    Args:
+        cell: the run.
+        steps: over which its learning rate falls.
+        device: in place of the task's own.
+    """
     options = dict(cell.task.options) | ({} if device is None else {"device": device})
     return make_task(cell.task.name, steps=steps, seed=cell.seed, **options)
 
@@ -136,7 +160,7 @@ def _budget(
     if key not in _BUDGETS:
         _BUDGETS[key] = equal_flops(
             lambda steps: (
-                _task(first, steps, device),
+                build_task(first, steps, device),
                 cell_training(first, config, settings, steps),
             ),
             dense_steps=cell.dense_steps,
@@ -171,13 +195,21 @@ def _last_evaluation(stats: Sequence[Record]) -> dict[str, float]:
     return found
 
 
-def _test(task: ExperimentTask, training: TrainingConfig) -> dict[str, float]:
-    """The scores on test data, under the conditions of the trainer's evaluations."""
+def scores_of(
+    task: ExperimentTask, look: Evaluate | None, autocast: str | None
+) -> dict[str, float]:
+    """What ``look`` says of the model, under the conditions of the trainer's evaluations.
+
+    Args:
+        task: with the model.
+        look: its ``evaluate`` or its ``test``.
+        autocast: dtype of mixed precision.
+    """
+    assert look is not None
     model: nn.Module = task.model
     model.eval()
-    dtype = None if training.autocast is None else getattr(torch, training.autocast)
+    dtype = None if autocast is None else getattr(torch, autocast)
     mixed = torch.autocast(device_of(task).type, dtype, enabled=dtype is not None)
-    assert task.test is not None
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), mixed:
-        found = task.test(model)
+        found = look(model)
     return {name: float(value) for name, value in found.items()}

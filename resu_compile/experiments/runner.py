@@ -18,16 +18,35 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
+import torch
+
+from resu_compile.errors import ArgumentError, MachineError
 from resu_compile.experiments.cells import Cell, build_cells
 from resu_compile.experiments.config import ExperimentConfig
-from resu_compile.experiments.records import Record, append_record, by_key, locked, read_records
-from resu_compile.experiments.run_cell import cell_folder, cell_training, run_cell
+from resu_compile.experiments.records import (
+    Record,
+    ResultsFile,
+    append_record,
+    by_key,
+    locked,
+    read_records,
+)
+from resu_compile.experiments.run_cell import (
+    build_task,
+    cell_folder,
+    cell_training,
+    run_cell,
+    scores_of,
+)
 from resu_compile.experiments.tuning import choose_settings
 
 log = logging.getLogger(__name__)
 Tell = Callable[[str], None]
 WAIT_S = 1.0  # between two looks at cells that other processes work on
+# Said of the machine, not of the training; after an error of the GPU no later cell would succeed.
+MACHINE = (OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 
 
 @dataclass(frozen=True)
@@ -59,23 +78,32 @@ def run_experiment(
         device: in place of the tasks' own: ``"cpu"``, ``"cuda"``, ``"cuda:1"``.
         retry_failed: run again what failed in an earlier call.
         tell: called with one line for each cell.
+
+    Raises:
+        ArgumentError: a task cannot be built, or the results file holds something else.
+        MachineError: memory, the disk or the GPU failed; nothing that is finished is lost.
     """
     tell = tell or log.info
     cells = _checked_cells(config)
-    given_up = set() if retry_failed else _failed(config, cells)
+    results = ResultsFile(config.results)
+    found = by_key(results.read())
+    given_up = set() if retry_failed else _failed(found, cells)
+    _check_tasks([cell for cell in cells if not _finished(cell, found, given_up)], device)
     made = 0
     while True:
-        found = by_key(read_records(config.results))
+        found = by_key(results.read())
         pending = [cell for cell in cells if not _finished(cell, found, given_up)]
         if not pending:
             break
         worked = False
         for cell in pending:
+            if not _ready(cell, found):
+                continue
             with locked(config.output / "claims" / f"{cell.key}.lock", wait=False) as claim:
                 if claim is None:
                     continue
-                found = by_key(read_records(config.results))  # another may just have done it
-                if _finished(cell, found, given_up) or not _ready(cell, found):
+                found = by_key(results.read())
+                if _finished(cell, found, given_up):  # another has just done it
                     continue
                 record = _work(cell, config, found, device)
                 append_record(config.results, record)
@@ -88,13 +116,11 @@ def run_experiment(
             break  # trials may have become complete
         if not worked:
             time.sleep(WAIT_S)
-    found = by_key(read_records(config.results))
     done = sum(found[cell.key]["status"] == "done" for cell in cells)
     return Outcome(done, tuple(c.name for c in cells if found[c.key]["status"] != "done"), made)
 
 
-def _failed(config: ExperimentConfig, cells: Sequence[Cell]) -> set[str]:
-    found = by_key(read_records(config.results))
+def _failed(found: Mapping[str, Record], cells: Sequence[Cell]) -> set[str]:
     return {c.key for c in cells if c.key in found and found[c.key]["status"] != "done"}
 
 
@@ -139,6 +165,12 @@ def _work(
         if settings is None:
             settings = choose_settings([found[key] for key in cell.trials])
         result = run_cell(cell, config, settings, device=device)
+    except MACHINE as error:
+        raise MachineError(
+            f"{cell.name}: stopped by {type(error).__name__}: {error}; nothing is recorded of this "
+            "cell: mend the cause (memory of the GPU, space on the disk, a missing file) and start "
+            "again"
+        ) from error
     except Exception as error:
         log.exception("%s failed", cell.name)
         return {**base, "status": "failed", "error": f"{type(error).__name__}: {error}"}
@@ -171,6 +203,32 @@ def describe(config: ExperimentConfig) -> str:
             f"up to {config.max_stretch:g} times as many"
         )
     return "\n".join(rows)
+
+
+def _check_tasks(cells: Sequence[Cell], device: str | None) -> None:
+    """Build and evaluate each task once, so that its mistakes do not show after its training.
+
+    Raises:
+        ArgumentError: a task cannot be built, or does not give its own metric; or checkpoints are
+            asked for and safetensors is not installed.
+    """
+    checked = []
+    for cell in cells:
+        if cell.task in checked:
+            continue
+        checked.append(cell.task)
+        if cell.task.checkpoint_every is not None and not find_spec("safetensors"):
+            raise ArgumentError(
+                f"checkpoint_every of task {cell.task.label}: expected safetensors to be "
+                "installed, it is not; pip install resu-compile[train], or leave it out"
+            )
+        task = build_task(cell, cell.dense_steps, device)
+        found = scores_of(task, task.evaluate, task.autocast)
+        if task.metric not in found:
+            raise ArgumentError(
+                f"task {cell.task.label}: expected its metric {task.metric!r} in what evaluate "
+                f"gives, got {', '.join(found) or 'nothing'}"
+            )
 
 
 def _checked_cells(config: ExperimentConfig) -> list[Cell]:

@@ -14,6 +14,7 @@ from resu_compile.methods.registry import register_method
 from resu_compile.methods.training_method import TrainingMethod, check_when, steps_of
 
 if TYPE_CHECKING:
+    from resu_compile.training.config import TrainingConfig
     from resu_compile.training.method_run import Run
 
 
@@ -28,8 +29,8 @@ class Lottery(TrainingMethod):
 
     The steps of the run are shared out evenly over the levels, of which there are as many as the
     sparsity asks for; the last one prunes to it exactly. Weights compete over all layers. With a
-    learning rate schedule, let each level have one of its own: ``level_ends(steps)`` says where.
-    ``Trainer`` does it by itself.
+    learning rate schedule, let each level have one of its own: ``level_ends(run)`` says where, and
+    ``level_steps(config)`` over how many steps. ``Trainer`` begins it anew by itself.
 
     Source: Frankle and Carbin 2019, https://arxiv.org/abs/1803.03635; rewinding to a later step:
     Frankle et al. 2020, https://arxiv.org/abs/1912.05671; facebookresearch/open_lth
@@ -59,6 +60,10 @@ class Lottery(TrainingMethod):
         """The steps at which a level ends and the next one begins."""
         count = len(self.sparsities(run.config.sparsity))
         return [run.steps * (level + 1) // count for level in range(count - 1)]
+
+    def level_steps(self, config: TrainingConfig) -> int:
+        """Steps of the longest level."""
+        return math.ceil(config.steps / len(self.sparsities(config.sparsity)))
 
     def settled(self, run: Run) -> int:
         """Where the last level begins."""

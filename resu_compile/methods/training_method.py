@@ -37,6 +37,10 @@ class TrainingMethod:
         """Whether a run by ``config`` looks at calibration data."""
         return False
 
+    def level_steps(self, config: TrainingConfig) -> int:
+        """Steps over which a learning rate is to fall: all, unless training begins again within."""
+        return config.steps
+
     def begin(self, run: Run) -> None:
         """Choose the masks of the first step. The model is dense up to here."""
 
