@@ -23,10 +23,10 @@ from resu_compile.errors import (
     check_share,
 )
 from resu_compile.experiments.search import check_space, values_of
-from resu_compile.experiments.settings import DENSE, training_config
+from resu_compile.experiments.settings import DENSE, TRAINING, training_config
 from resu_compile.training.serialization import from_plain, read_data
 
-# what cells set themselves, and what leaves no sparse model
+# what cells set themselves, what leaves no sparse model, and what ends runs at unequal steps
 NOT_HERE = (
     "seed",
     "steps",
@@ -36,6 +36,7 @@ NOT_HERE = (
     "method",
     "method_options",
     "densify",
+    "early_stop",
 )
 
 
@@ -72,7 +73,7 @@ class MethodSpec:
     """A method with its settings, and those that are searched.
 
     Attributes:
-        name: a training method, or ``"dense"``.
+        name: a training method, ``"module:Class"`` of your own, or ``"dense"``.
         label: what results call it; the name by default. Two settings of one method need two.
         options: fields of the method.
         training: fields of ``TrainingConfig`` (those of RESU's cycles, a distribution, ...);
@@ -96,6 +97,12 @@ class MethodSpec:
         if self.name == DENSE and (self.options or self.training or self.search):
             raise ArgumentError("method dense: expected no settings, which dense training has not")
         check_space(self.search, where=f"search of method {self.label}")
+        searched = {
+            name.removeprefix(TRAINING).partition(".")[0]: values
+            for name, values in self.search.items()
+            if name.startswith(TRAINING)
+        }
+        _check_training(searched, f"search of method {self.label}, {TRAINING[:-1]}")
 
 
 @dataclass(frozen=True)
@@ -272,8 +279,8 @@ def _check_mapping(value: object, name: str) -> None:
 def _check_training(training: Mapping[str, Any], where: str) -> None:
     for key in sorted(set(training) & set(NOT_HERE)):
         raise ArgumentError(
-            f"{where}: expected no {key!r}, which the experiment sets from tasks, methods, "
-            f"sparsities and seeds, got {training[key]!r}"
+            f"{where}: expected no {key!r}, got {training[key]!r}; tasks, methods, sparsities and "
+            "seeds say what is trained, and all runs go to their end"
         )
 
 

@@ -129,7 +129,7 @@ def metric_rows(group: Group) -> Rows:
     rows: Rows = [["method", *[f"{s:.4g}" for s in group.sparsities or [DENSE_AT]]]]
     for name in group.methods:
         found = [group.mean(name, s) for s in group.sparsities or [DENSE_AT]]
-        rows.append([name, *[_shown(interval) for interval in found]])
+        rows.append([name, *[_shown(interval, group.seeds) for interval in found]])
     return rows
 
 
@@ -189,12 +189,16 @@ def _notes(groups: Sequence[Group], records: Sequence[Record]) -> list[str]:
                 f"Replaced: {group.title}: {left_out} runs of an earlier config, with equal labels "
                 "and seeds and other settings; those methods that were not run again are as before."
             )
-        expected = max(len(runs) for runs in group.runs.values())
         for (name, sparsity), runs in group.runs.items():
-            if len(runs) < expected:
+            if len(runs) < group.seeds:
                 notes.append(
-                    f"Incomplete: {group.title}, {name} at {sparsity:g}: {len(runs)} of {expected} "
-                    "seeds."
+                    f"Incomplete: {group.title}, {name} at {sparsity:g}: {len(runs)} of "
+                    f"{group.seeds} seeds."
+                )
+            if len({json.dumps(r.get("settings"), sort_keys=True) for r in runs.values()}) > 1:
+                notes.append(
+                    f"Mixed: {group.title}, {name} at {sparsity:g}: its seeds have different "
+                    "settings; run the experiment again to its end."
                 )
             scored = len(group.scores(name, sparsity))
             if scored < len(runs):
@@ -240,11 +244,12 @@ def _place(record: Record) -> str:
     return f"{where}, {record['method']} at {record['sparsity']:g}, {who}"
 
 
-def _shown(interval: Interval | None) -> str:
+def _shown(interval: Interval | None, seeds: int) -> str:
     if interval is None:
         return "-"
     spread = "" if interval.half_width is None else f" ± {interval.half_width:.4f}"
-    return f"{interval.mean:.4f}{spread} ({interval.count})"
+    missing = f" of {seeds}" if interval.count < seeds else ""  # one that failed, say
+    return f"{interval.mean:.4f}{spread} ({interval.count}{missing})"
 
 
 def _difference(interval: Interval | None) -> str:

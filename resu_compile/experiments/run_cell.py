@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -38,6 +40,11 @@ _COMPILED = CompiledCode()
 def cell_folder(config: ExperimentConfig, cell: Cell) -> Path:
     """Where the cell keeps its stats and checkpoints."""
     return config.output / "cells" / cell.name
+
+
+def settings_hash(settings: Mapping[str, Any]) -> str:
+    """For the name of a folder: what other settings left is not gone on from."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def cell_training(
@@ -91,7 +98,7 @@ def _run_cell(
     if training.autocast is None:
         training = replace(training, autocast=task.autocast)
     if cell.task.checkpoint_every is not None:
-        where = str(folder / "checkpoints")
+        where = str(folder / "checkpoints" / settings_hash(settings))
         training = replace(training, checkpoint=CheckpointConfig(where, cell.task.checkpoint_every))
     trainer = Trainer(
         task.model,

@@ -126,7 +126,13 @@ def _failed(found: Mapping[str, Record], cells: Sequence[Cell]) -> set[str]:
 
 def _finished(cell: Cell, found: Mapping[str, Record], given_up: set[str]) -> bool:
     record = found.get(cell.key)
-    return record is not None and (record["status"] == "done" or cell.key in given_up)
+    if record is None:
+        return False
+    if record["status"] != "done":
+        return cell.key in given_up
+    # a trial that failed before and was run again may have changed the choice
+    trials = [found[key] for key in cell.trials if key in found]
+    return not trials or record["settings"] == choose_settings(trials)
 
 
 def _ready(cell: Cell, found: Mapping[str, Record]) -> bool:
@@ -183,8 +189,8 @@ def describe(config: ExperimentConfig) -> str:
     """How many cells there are, how many of them are left, and what they cost."""
     cells = _checked_cells(config)
     found = by_key(read_records(config.results))
-    left = [c for c in cells if c.key not in found or found[c.key]["status"] != "done"]
-    failed = sum(cell.key in found for cell in left)
+    left = [cell for cell in cells if not _finished(cell, found, set())]
+    failed = sum(found[c.key]["status"] != "done" for c in left if c.key in found)
     rows = []
     for task in config.tasks:
         own = [cell for cell in cells if cell.task.label == task.label]

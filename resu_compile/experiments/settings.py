@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from resu_compile.errors import ArgumentError, check_choice
-from resu_compile.methods import training_method_names
+from resu_compile.errors import ArgumentError, ArgumentTypeError, check_choice
+from resu_compile.methods import TrainingMethod, training_method_names
 from resu_compile.training.config import TrainingConfig
+from resu_compile.training.tasks import import_function
 
 DENSE = "dense"
 TRAINING = "training."  # what begins the name of a setting that is no field of the method
+DENSE_TOO = (  # fields of TrainingConfig that have a meaning without masks
+    "targets",
+    "exclude",
+    "accumulate",
+    "clip_norm",
+    "autocast",
+    "evaluate_every",
+    "log_every",
+    "compile",
+)
 
 
 def training_config(
@@ -26,7 +37,8 @@ def training_config(
     """The training of one run.
 
     Args:
-        method: a training method, or ``"dense"``, which is a mask of ones from the first step on.
+        method: a training method, or ``"dense"``, which is a mask of ones from the first step on;
+            ``"module:Class"`` is one of your own, registered or not.
         steps: optimizer steps.
         sparsity: final, in [0, 1); of no consequence to ``"dense"``.
         seed: of the controller's random generator.
@@ -38,9 +50,11 @@ def training_config(
     Raises:
         ArgumentError: an unknown method or setting, or a value that it does not take.
     """
-    check_choice(method, [DENSE, *training_method_names()], name="method")
+    own = _own_method(method) if ":" in method else None
+    if own is None:
+        check_choice(method, [DENSE, *training_method_names()], name="method")
     if method == DENSE:
-        plain = {k: v for k, v in (training or {}).items() if k not in ("preset", "pattern")}
+        plain = {k: v for k, v in (training or {}).items() if k in DENSE_TOO}
         extra = {"method": "static", "sparsity": 0.0, "distribution": "uniform"}
         return TrainingConfig.from_dict({**plain, **extra, "steps": steps, "seed": seed})
     values: dict[str, Any] = _copied(dict(training or {}))
@@ -50,13 +64,25 @@ def training_config(
             _put(values, name.removeprefix(TRAINING).split("."), value)
         else:
             chosen[name] = value
-    values |= {"method": method, "method_options": chosen}
     try:
+        if own is None:
+            values |= {"method": method, "method_options": chosen}
+        else:
+            values["method"] = own(**chosen)
         return TrainingConfig.from_dict(
             {**values, "steps": steps, "sparsity": sparsity, "seed": seed}
         )
     except (ValueError, TypeError) as error:
         raise ArgumentError(f"method {method} at {sparsity:.0%}: {error}") from error
+
+
+def _own_method(name: str) -> type[TrainingMethod]:
+    found: object = import_function(name, what="method")
+    if not isinstance(found, type) or not issubclass(found, TrainingMethod):
+        raise ArgumentTypeError(
+            f"method {name!r}: expected a class that inherits methods.TrainingMethod, got {found!r}"
+        )
+    return found
 
 
 def _put(values: dict[str, Any], path: list[str], value: Any) -> None:

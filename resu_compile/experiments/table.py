@@ -59,6 +59,11 @@ class Group:
         """Of the sparse runs, ascending."""
         return sorted({sparsity for _, sparsity in self.runs if sparsity != DENSE_AT})
 
+    @property
+    def seeds(self) -> int:
+        """How many seeds the method with the most of them has."""
+        return max(len(runs) for runs in self.runs.values())
+
     def of(self, method: str, sparsity: float) -> Mapping[int, Record]:
         """Seed -> record; a dense method has the same runs at all sparsities."""
         return self.runs.get((method, sparsity)) or self.runs.get((method, DENSE_AT), {})

@@ -83,15 +83,19 @@ def make_training_task(
     return check_task(made, name)
 
 
-def import_function(name: str) -> Callable[..., Any]:
-    """The function that ``"module:function"`` names.
+def import_function(name: str, *, what: str = "task") -> Callable[..., Any]:
+    """The function, or class, that ``"module:function"`` names.
+
+    Args:
+        name: imported with the current directory on ``sys.path``.
+        what: it is, for messages.
 
     Raises:
         ArgumentError: it cannot be imported, or there is no such function.
     """
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute:
-        raise ArgumentError(f"task: expected 'module:function', got {name!r}")
+        raise ArgumentError(f"{what}: expected 'module:function', got {name!r}")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)  # stays: the task may import its own modules later
@@ -99,13 +103,13 @@ def import_function(name: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise ArgumentError(
-            f"task {name!r}: expected a module {module_name!r} that can be imported (from the "
+            f"{what} {name!r}: expected a module {module_name!r} that can be imported (from the "
             f"current directory too), got {type(error).__name__}: {error}"
         ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
         raise ArgumentError(
-            f"task {name!r}: expected a function {attribute!r} in {module.__file__}, "
+            f"{what} {name!r}: expected a function {attribute!r} in {module.__file__}, "
             f"got {'nothing of that name' if function is None else repr(function)}"
         )
     found: Callable[..., Any] = function

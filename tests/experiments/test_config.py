@@ -103,7 +103,17 @@ def test_files(tmp_path):
         ({"budget": "time"}, "budget: expected one of flops, steps"),
         ({"max_stretch": 0.5}, "max_stretch"),
         ({"tuning": {"trials": 2, "seed": 1}}, "tuning.seed: expected none of the reported seeds"),
-        ({"training": {"steps": 5}}, "training: expected no 'steps', which the experiment sets"),
+        ({"training": {"steps": 5}}, "training: expected no 'steps', got 5"),
+        (
+            {"training": {"early_stop": {"metric": "loss"}, "evaluate_every": 5}},
+            "training: expected no 'early_stop'",
+        ),
+        (
+            {"methods": [{"name": "gmp", "search": {"training.steps": [5]}}]},
+            "search of method gmp, training: expected no 'steps'",
+        ),
+        ({"methods": ["json:JSONDecoder"]}, "expected a class that inherits"),
+        ({"methods": ["no_such_module:Method"]}, "method 'no_such_module:Method': expected a mod"),
         (
             {"methods": [{"name": "resu", "training": {"densify": {}}}]},
             "training of method resu: expected no 'densify'",

@@ -137,7 +137,7 @@ def test_tables(results):
     assert rows["method"] == ["0.7", "0.9"]
     assert list(rows)[1] == "dense"
     assert rows["dense"] == [f"0.8100 ± {half:.4f} (3)"] * 2
-    assert rows["rigl"] == ["0.9000 (1)", f"0.9800 ± {half:.4f} (3)"]
+    assert rows["rigl"] == ["0.9000 (1 of 3)", f"0.9800 ± {half:.4f} (3)"]
     assert rows["gmp"][0] == "-"
 
     rows = {row[0]: row[1:] for row in difference_rows(group, "resu")}

@@ -245,10 +245,12 @@ def flip_and_crop(batch: Split, number: int, *, seed: int) -> Split:
     images, labels = batch
     generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + 7 * number)
     count, _, height, width = images.shape
-    mirrored = (torch.rand(count, generator=generator) < 0.5).to(images.device)
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    mirrored = mirrored.to(images.device, non_blocking=True)
     images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
     border = F.pad(images, (PAD, PAD, PAD, PAD))
-    top, left = torch.randint(2 * PAD + 1, (2, count), generator=generator).to(images.device)
+    shifts = torch.randint(2 * PAD + 1, (2, count), generator=generator)
+    top, left = shifts.to(images.device, non_blocking=True)
     rows = top[:, None] + torch.arange(height, device=images.device)  # (batch, h)
     columns = left[:, None] + torch.arange(width, device=images.device)  # (batch, w)
     which = torch.arange(count, device=images.device)[:, None, None]

@@ -152,7 +152,8 @@ def byte_task(
 def windows(text: Tensor, starts: Tensor, context: int) -> Split:
     """Bytes and next bytes of the windows that begin at ``starts``; each (windows, context)."""
     offsets = torch.arange(context + 1, device=text.device)
-    found = text[starts.to(text.device)[:, None] + offsets].long()  # (windows, context + 1)
+    starts = starts.to(text.device, non_blocking=True)  # the host does not wait for the GPU
+    found = text[starts[:, None] + offsets].long()  # (windows, context + 1)
     return found[:, :-1].contiguous(), found[:, 1:].contiguous()
 
 
@@ -162,10 +163,9 @@ def bits_per_byte(text: Tensor, size: GPTSize, model: nn.Module) -> dict[str, fl
     last = text.numel() - size.context - 1
     starts = torch.linspace(0, last, count, dtype=torch.float64).long()
     losses = [
-        loss_of(model, windows(text, part, size.context)).item()
-        for part in starts.split(size.batch_size)
+        loss_of(model, windows(text, part, size.context)) for part in starts.split(size.batch_size)
     ]
-    loss = sum(losses) / len(losses)
+    loss = torch.stack(losses).double().mean().item()
     return {"bits per byte": loss / math.log(2.0), "loss": loss}
 
 
