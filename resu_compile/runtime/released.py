@@ -18,7 +18,7 @@ from typing import Any, TypeGuard, cast
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from resu_compile.errors import PhaseError
@@ -231,15 +231,26 @@ def is_released(parameter: Any) -> TypeGuard[ReleasedParameter]:
     return type(parameter) is ReleasedParameter
 
 
-def dense_values(args: Sequence[Any]) -> Sequence[Any]:
-    """``args`` with the dense value of each released parameter in its place.
+def run_eagerly(gm: fx.GraphModule, args: Sequence[Any]) -> Any:
+    """``gm(*args)`` where some of ``args`` may be released: each is dense while a node reads it.
 
-    For graphs that run eagerly: around those that it captures, Dynamo turns functions of tensor
-    subclasses off.
+    The dense forms of all at once would be what ``release_dense`` is there to avoid. Around graphs
+    that it captures, Dynamo turns functions of tensor subclasses off.
     """
     if not any([is_released(value) for value in args]):
-        return args
-    return [value.read() if is_released(value) else value for value in args]
+        return gm(*args)
+    return _Unpacking(gm).run(*args)
+
+
+class _Unpacking(fx.Interpreter):
+    """Forgets each value after its last use, as ``fx.Interpreter`` does."""
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a node, released ones among them read."""
+        return fx.node.map_aggregate(
+            super().fetch_args_kwargs_from_env(n),
+            lambda value: value.read() if is_released(value) else value,
+        )
 
 
 def hollow(

@@ -31,7 +31,7 @@ from resu_compile.phase import Phase, Routing
 from resu_compile.runtime.controller import Controller
 from resu_compile.runtime.dense_release import NOT_YET
 from resu_compile.runtime.graph_runs import Binding, Compiled, Run, Variant, backward_node, picker
-from resu_compile.runtime.released import RESTORE, dense_values
+from resu_compile.runtime.released import RESTORE, run_eagerly
 from resu_compile.runtime.sparse_products import (
     Product,
     choose_products,
@@ -110,7 +110,7 @@ class GraphVariants:
         if run is None or not run.is_current():
             run = self._settled(binding)
             if run is None:  # eager this once: Dynamo captures what it finds at the next call
-                return self.gm(*dense_values(args))
+                return run_eagerly(self.gm, args)
         if not run.settle(args):
             binding.runs.clear()
             run = self._prepare(binding)
@@ -118,7 +118,7 @@ class GraphVariants:
         variant = run.variant
         if variant.holds is not None and not variant.holds(args):
             # eager: gradients are masked where they are accumulated
-            return self.gm(*dense_values(args))
+            return run_eagerly(self.gm, args)
         if variant.dropped:
             args = variant.kept(args)
         out = variant.call(*args, *run.extra)
@@ -271,7 +271,7 @@ class GraphVariants:
             "freed the dense storage: it runs eagerly and unpacks the weights at each call",
             ", ".join(names),
         )
-        return Variant(lambda *args: self.gm(*dense_values(args)), [], [])
+        return Variant(lambda *args: run_eagerly(self.gm, args), [], [])
 
     # -- release -------------------------------------------------------------------------------
     def _is_refused(self, binding: Binding) -> bool:

@@ -11,9 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import resu_compile as resu
 from resu_compile.errors import ArgumentTypeError, PhaseError
+from resu_compile.runtime import dense_release
 from resu_compile.runtime.released import ReleasedParameter, hollow, refill, released_value
 from tests.compiling import Backend, no_recompile
 
@@ -81,6 +83,24 @@ def test_memory_is_freed_and_results_stay():
     (run,) = [b.run for b in backend.graphs[-1]._bindings.values()]
     assert len(run.variant.dropped) == 4
     assert sorted(len(product.sites) for product, _ in run.products) == [1, 1, 3]
+
+
+def test_the_call_that_frees_holds_one_dense_weight_at_a_time(monkeypatch):
+    # all of them at once would be the dense model again, beside the packed one
+    alive, most = set(), []
+    read = dense_release._Reader.__call__
+
+    def watched(reader):
+        value = read(reader)
+        alive.add(StorageWeakRef(value.untyped_storage()))
+        most.append(sum(not storage.expired() for storage in alive))
+        return value
+
+    model = nn.Sequential(*[nn.Linear(96, 96) for _ in range(6)])
+    monkeypatch.setattr(dense_release._Reader, "__call__", watched)
+    released(model=model)
+    assert len(most) >= 6
+    assert max(most) == 1
 
 
 def test_through_inductor_and_sparsify():
