@@ -311,7 +311,9 @@ def test_kernel_runs_in_a_graph_and_leaves_nan_columns_apart(device):
 @hopper
 def test_a_cut_without_room_is_refused(device):
     x, weight, _ = make(64, (64, 8192), torch.bfloat16, device, sparsity=0.0)
-    packed = pack_tiles(weight, unit=1, segment=4096)
-    assert isinstance(packed, TileWeight)
+    host = pack_tiles(weight.cpu(), unit=1, segment=4096)
+    packed = TileWeight.from_tensors(
+        [t.to(device) for t in host.tensors()], host.layout, host.shape
+    )
     with pytest.raises(ArgumentError, match="config: expected at most 232448 bytes"):
         tile_linear_cuda(x, packed, None, "none", TileConfig(64, 4, 1, 2))

@@ -108,7 +108,7 @@ def test_size_follows_the_kept_entries():
     weight = torch.randn(256, 4096).to(torch.bfloat16)
     packed = pack_tiles(weight, torch.rand(256, 4096) >= 0.7)
     bytes_per_weight = packed.size_bytes / weight.numel()
-    # a flag bit, 0.3 values of 2 bytes, and the longest of 64 streams half as long again as the mean
+    # a flag bit, 0.3 values of 2 bytes; the longest of 64 streams is half as long again as the mean
     assert 1 / 8 + 0.6 < bytes_per_weight < 1 / 8 + 0.6 * 1.55
     assert packed.size_bytes == sum(t.nbytes for t in packed.tensors())
 
