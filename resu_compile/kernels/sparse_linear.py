@@ -287,6 +287,30 @@ def _sparse_linear_fake(
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
+# opaque, because a backward pass is traced and the kernels that unpack cannot be
+@torch.library.custom_op("resu_compile::unpack_linear", mutates_args=())
+def unpack_linear(
+    packed: Sequence[Tensor], layout: Sequence[int], shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """The dense ``(N, K)`` weight out of ``PackedLinear.tensors()``, in another dtype. No gradient.
+
+    Args:
+        packed: ``PackedLinear.tensors()``, of at least one format.
+        layout: ``PackedLinear.layout``.
+        shape: N and K.
+        dtype: of the result.
+    """
+    dense = unpack_parts(packed, parts_of(tuple(layout)), (shape[0], shape[1]))
+    return dense.to(dtype, memory_format=torch.contiguous_format)
+
+
+@unpack_linear.register_fake
+def _unpack_linear_fake(
+    packed: Sequence[Tensor], layout: Sequence[int], shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    return packed[0].new_empty(tuple(shape), dtype=dtype)
+
+
 class _Gradient(torch.autograd.Function):
     """The dense product's gradient; takes x, weight and bias before the rest."""
 
@@ -320,10 +344,12 @@ class _Gradient(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             if weight is None:
-                dense = unpack_parts(packed, parts_of(ctx.layout), ctx.shape)
+                dense = torch.ops.resu_compile.unpack_linear.default(
+                    packed, ctx.layout, ctx.shape, grad.dtype
+                )
             else:
-                dense = weight
-            grad_x = (grad @ dense.to(grad.dtype)).view(x.shape)
+                dense = weight.to(grad.dtype)
+            grad_x = (grad @ dense).view(x.shape)
         if ctx.needs_input_grad[1]:
             grad_weight = (grad.t() @ x.reshape(rows, in_features)).to(weight.dtype)
         if ctx.needs_input_grad[2]:
