@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from resu_compile.errors import ArgumentError, MachineError
@@ -31,6 +32,24 @@ def make_falling(*, steps, seed):
     return replace(task, scheduler=falling)
 
 
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 8)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+
+def make_net(*, steps, seed):
+    """A class of one's own, of which Dynamo shares graphs; of nn.Sequential it does not."""
+    task = make(steps=steps, seed=seed)
+    torch.manual_seed(seed)
+    model = Net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    return replace(task, model=model, optimizer=optimizer)
+
+
 def make_other_metric(*, steps, seed):
     return replace(make(steps=steps, seed=seed), metric="accuracy")
 
@@ -53,6 +72,7 @@ class HalfWay(TrainingMethod):
 def test_cells_share_what_was_compiled(make_config):
     config = make_config(
         methods=["dense", "gmp", {"name": "resu", "training": {"cycles": 2}}],
+        task={"name": f"{HERE}:make_net"},
         training={"compile": True},
     )
     before = compiled_code.counters["stats"]["unique_graphs"]
