@@ -223,6 +223,13 @@ def _notes(groups: Sequence[Group], records: Sequence[Record]) -> list[str]:
         notes.append(
             f"Made by {len(sources)} versions of the source ({', '.join(sorted(sources))})."
         )
+    for group in groups:
+        machines = {_machine(r) for runs in group.runs.values() for r in runs.values()}
+        if len(machines) > 1:
+            notes.append(
+                f"Several machines: {group.title}: differences may be theirs in part "
+                f"({'; '.join(sorted(machines))})."
+            )
     notes += [f"Environment: {text}." for text in _environments(known)]
     return [f"- {note}" for note in notes]
 
@@ -236,6 +243,12 @@ def _environments(records: Sequence[Record]) -> list[str]:
             where = made.get("gpu") or f"{made['cores']} CPU cores, {made['threads']} threads"
             found.add(f"{where}; Python {made['python']}, {versions}; source {made['source']}")
     return sorted(found)
+
+
+def _machine(record: Record) -> str:
+    """What numbers may depend on, beside what the config says."""
+    made = record["environment"]
+    return f"{made.get('gpu', 'CPU')}, torch {made['versions'].get('torch')}"
 
 
 def _place(record: Record) -> str:

@@ -207,7 +207,7 @@ def test_what_must_not_be_hidden(results):
     append_record(results, record("set", 0.9, 0, None, **failed))
     append_record(results, record("rigl", 0.7, 1, float("nan")))
     other = record("resu", 0.7, 2, 0.85, settings={"every": 7})
-    other["environment"] = {**other["environment"], "source": "def"}
+    other["environment"] = {**other["environment"], "source": "def", "gpu": "NVIDIA H200"}
     other["flops"]["capped"] = True
     append_record(results, other)
     text = write_report(results).text
@@ -216,6 +216,8 @@ def test_what_must_not_be_hidden(results):
     assert "Not finite: bytes, 1x (3000 steps), equal steps, rigl at 0.7: 1 of 2 runs" in text
     assert "Capped: bytes, 1x (3000 steps), equal steps, resu at 0.7" in text
     assert "Made by 2 versions of the source (abc, def)." in text
+    assert "Mixed: bytes, 1x (3000 steps), equal steps, resu at 0.7" in text
+    assert "in part (CPU, torch 2.13; NVIDIA H200, torch 2.13)." in text
     assert '{"every": 7}' in text
 
 
