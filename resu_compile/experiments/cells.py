@@ -9,7 +9,7 @@ from typing import Any
 
 from resu_compile.experiments.config import ExperimentConfig, MethodSpec, TaskSpec
 from resu_compile.experiments.search import trial_settings
-from resu_compile.experiments.settings import DENSE
+from resu_compile.experiments.settings import DENSE, training_config
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,25 @@ def _trials(
     tuning = config.tuning
     if tuning.trials < 2 or not method.search:
         return []
+
+    def training(changes: dict[str, Any]) -> dict[str, Any]:
+        return training_config(
+            method.name,
+            steps=max(1, round(tuning.length * task.steps)),
+            sparsity=sparsity,
+            seed=tuning.seed,
+            options=method.options,
+            training={**config.training, **method.training},
+            settings=changes,
+        ).describe()
+
+    own = training({})
     settings = trial_settings(
         method.search,
         trials=tuning.trials,
         strategy=tuning.strategy,
         seed=f"{tuning.seed} {task.label} {method.label} {sparsity:g}",
+        skip=lambda changes: training(changes) == own,
     )
     found = []
     for number, chosen in enumerate(settings):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from resu_compile.errors import ArgumentError, ArgumentTypeError, check_known_keys, check_number
@@ -47,7 +47,12 @@ def values_of(values: Any) -> list[Any]:
 
 
 def trial_settings(
-    space: Mapping[str, Any], *, trials: int, strategy: str, seed: str
+    space: Mapping[str, Any],
+    *,
+    trials: int,
+    strategy: str,
+    seed: str,
+    skip: Callable[[dict[str, Any]], bool] = lambda _: False,
 ) -> list[dict[str, Any]]:
     """The settings of each trial; the first ones are empty.
 
@@ -57,6 +62,7 @@ def trial_settings(
         strategy: ``"random"`` draws without repetition; ``"grid"`` takes points spread evenly over
             the product of all values, ranges in ``GRID_POINTS`` points.
         seed: names the draw; equal names draw equally in every process.
+        skip: settings that are not worth a trial: those that change nothing.
     """
     if trials == 0:
         return []
@@ -64,11 +70,11 @@ def trial_settings(
     if not space or trials == 1:
         return found
     if strategy == "grid":
-        return found + _grid(space, trials - 1)
+        return found + _grid(space, trials - 1, skip)
     generator = random.Random(seed)
     for _ in range(TRIES * trials):
         drawn = {name: _draw(values, generator) for name, values in sorted(space.items())}
-        if drawn not in found:
+        if drawn not in found and not skip(drawn):
             found.append(drawn)
         if len(found) == trials:
             break
@@ -88,7 +94,9 @@ def _between(values: Mapping[str, Any], share: float) -> float:
     return low + share * (high - low)
 
 
-def _grid(space: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+def _grid(
+    space: Mapping[str, Any], count: int, skip: Callable[[dict[str, Any]], bool]
+) -> list[dict[str, Any]]:
     names = sorted(space)
     axes = [
         [_between(values, i / (GRID_POINTS - 1)) for i in range(GRID_POINTS)]
@@ -96,7 +104,8 @@ def _grid(space: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
         else values
         for values in (space[name] for name in names)
     ]
-    points = [dict(zip(names, values, strict=True)) for values in itertools.product(*axes)]
+    every = [dict(zip(names, values, strict=True)) for values in itertools.product(*axes)]
+    points = [point for point in every if not skip(point)]
     if len(points) <= count:
         return points
     if count == 1:

@@ -178,6 +178,18 @@ def test_the_learning_rate_ends_with_the_run(make_config, method, last):
     )
 
 
+@pytest.mark.parametrize("strategy", ["random", "grid"])
+def test_no_trial_repeats_the_defaults(make_config, strategy):
+    """0.75 is the default of ``stop``: without it there are two settings beside the first trial."""
+    config = make_config(
+        methods=[{"name": "gmp", "search": {"stop": [0.6, 0.75, 0.9]}}],
+        tuning={"trials": 8, "strategy": strategy},
+    )
+    trials = [cell.settings for cell in build_cells(config) if cell.kind == "trial"]
+    assert trials[0] == {}
+    assert sorted(settings["stop"] for settings in trials[1:]) == [0.6, 0.9]
+
+
 def test_a_trial_that_succeeds_later_chooses_anew(make_config, monkeypatch, caplog):
     """The runs that were made with the earlier choice are made again."""
     caplog.set_level(logging.CRITICAL)
