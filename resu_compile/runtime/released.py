@@ -202,11 +202,15 @@ _by_address: WeakValueDictionary[int, ReleasedParameter] = WeakValueDictionary()
 def released_value(stand_in: Tensor) -> Tensor:
     """The dense value of the released parameter that ``stand_in`` is, or is an alias of.
 
+    A dense tensor gives a copy of itself.
+
     Raises:
-        PhaseError: it is none, because the graph was taken elsewhere.
+        PhaseError: it is neither, because the graph was taken elsewhere.
     """
     parameter = _by_address.get(stand_in.data_ptr())
     if parameter is None or not is_released(parameter):
+        if 1 < stand_in.numel() <= stand_in.untyped_storage().nbytes() // stand_in.itemsize:
+            return stand_in.clone()  # dense again: torch 2.11 does not capture anew for that
         raise PhaseError(
             "released_value: expected a weight that release_dense() freed in this process, got "
             f"another tensor of shape {tuple(stand_in.shape)}; {RESTORE} before a graph is "

@@ -318,7 +318,13 @@ def test_a_gradient_through_another_backend_raises():
 
 def test_a_value_of_no_released_weight_raises():
     with pytest.raises(PhaseError, match="freed in this process, got another tensor of shape"):
-        released_value(torch.zeros(3, 4))
+        released_value(torch.tensor(torch.nan).expand(3, 4))
+
+
+def test_a_value_that_is_dense_again_is_copied():
+    value = torch.randn(3, 4)
+    assert torch.equal(released_value(value), value)
+    assert released_value(value).data_ptr() != value.data_ptr()
 
 
 def test_threads_that_call_at_once():
