@@ -188,8 +188,11 @@ def test_files(results, tmp_path):
 def test_pictures_show_the_means(results, monkeypatch):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     drawn = []
-    monkeypatch.setattr(pyplot, "close", drawn.append)
-    write_report(results)
+    with monkeypatch.context() as patch:
+        patch.setattr(pyplot, "close", drawn.append)
+        write_report(results)
+    for figure in drawn:
+        pyplot.close(figure)  # it can still be looked at
     over_sparsity, over_flops = (figure.axes[0] for figure in drawn)
     lines = {line.get_label(): line for line in over_flops.get_lines()}
     assert set(lines) == {"dense", "resu", "rigl", "gmp"}
