@@ -7,7 +7,6 @@ removed by the next one to write, and passed over by all who read.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from resu_compile.errors import ArgumentError
+from resu_compile.training.stats import finite
 
 FORMAT = "resu_compile.experiment"
 FORMAT_VERSION = 1
@@ -50,7 +50,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[IO[bytes] | None]:
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:
     """Add one line; NaN and infinity, which JSON has not, become None."""
-    full = {"format": FORMAT, "format_version": FORMAT_VERSION, **_finite(record)}
+    full = {"format": FORMAT, "format_version": FORMAT_VERSION, **finite(record)}
     line = (json.dumps(full, allow_nan=False) + "\n").encode()
     with locked(path) as file:
         assert file is not None
@@ -139,13 +139,3 @@ def by_key(records: Iterable[Record]) -> dict[str, Record]:
         if before is None or record["status"] == "done" or before["status"] != "done":
             found[record["key"]] = record
     return found
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value

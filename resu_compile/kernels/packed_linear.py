@@ -19,8 +19,6 @@ from torch import Tensor
 from resu_compile.errors import ArgumentError
 from resu_compile.kernels.plan import Kernel
 
-PACKED_LINEAR_VERSION = 1
-
 FORMATS = (Kernel.CSR, Kernel.ROWS, Kernel.TILES, Kernel.SEMI)  # kernels with storage of their own
 # Which of several formats is expanded: that of the tiles has a kernel for it
 _UNPACK_ORDER = (Kernel.TILES, Kernel.ROWS, Kernel.CSR, Kernel.SEMI)

@@ -67,20 +67,21 @@ class StatsWriter:
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """Add one record; NaN and infinity, which JSON has not, become None."""
-        record = _finite({"event": event, "step": step, **values})
+        record = finite({"event": event, "step": step, **values})
         self.records.append(record)
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """``value`` as JSON can hold it: NaN and infinity become None, and names of fields strings."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 
