@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -92,8 +92,55 @@ class Measured:
     ready_s: float
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A compiled model that is checked and may be timed.
+
+    Attributes:
+        case: what it is.
+        decoder: its next step is one of those that count.
+        all_dense_bytes: what all its weights take dense.
+        masked_dense_bytes: of them the masked ones.
+        error: as in ``Measured``.
+        ready_s: as in ``Measured``.
+    """
+
+    case: Case
+    decoder: Decoder
+    all_dense_bytes: int
+    masked_dense_bytes: int
+    error: float
+    ready_s: float
+
+    def time(self) -> Measured:
+        """Time its steps."""
+        step_s, host_s = _time_steps(self.decoder, self.case.steps)
+        all_bytes = size_bytes(self.decoder.model)
+        return Measured(
+            tokens_per_s=self.case.batch / step_s,
+            step_ms=step_s * 1e3,
+            host_ms=host_s * 1e3,
+            masked_bytes=all_bytes - (self.all_dense_bytes - self.masked_dense_bytes),
+            masked_dense_bytes=self.masked_dense_bytes,
+            all_bytes=all_bytes,
+            all_dense_bytes=self.all_dense_bytes,
+            error=self.error,
+            ready_s=self.ready_s,
+        )
+
+
 def measure(case: Case) -> Measured:
     """Build, compile, check and time one case."""
+    return prepare(case).time()
+
+
+def prepare(case: Case, further_steps: int = 0) -> Prepared:
+    """Build, compile and check one case.
+
+    Args:
+        case: what to build.
+        further_steps: steps that have room in the cache beside those that are timed.
+    """
     torch._dynamo.reset()
     torch.manual_seed(0)
     mode = "reduce-overhead" if CUDA else None
@@ -110,7 +157,7 @@ def measure(case: Case) -> Measured:
         )
         weights = resu.controller(model).weights.values()
         masked_dense = sum(weight.numel * weight.parameter.itemsize for weight in weights)
-    room = case.prompt + CHECKED + WARM + case.steps * ROUNDS
+    room = case.prompt + CHECKED + WARM + case.steps * ROUNDS + further_steps
     ids = torch.randint(model.config.vocab_size, (case.batch, case.prompt), device=DEVICE)
     expected, tokens = _run(Decoder(model, ids, room))  # eager
     decoder = Decoder(model, ids, room)
@@ -125,19 +172,7 @@ def measure(case: Case) -> Measured:
     ready = time.perf_counter() - start
     # the first call packs, the second compiles, the third records: the last is what is timed
     error = float((got - expected).norm() / expected.norm())
-    step_s, host_s = _time_steps(decoder, case.steps)
-    all_bytes = size_bytes(model)
-    return Measured(
-        tokens_per_s=case.batch / step_s,
-        step_ms=step_s * 1e3,
-        host_ms=host_s * 1e3,
-        masked_bytes=all_bytes - (all_dense - masked_dense),
-        masked_dense_bytes=masked_dense,
-        all_bytes=all_bytes,
-        all_dense_bytes=all_dense,
-        error=error,
-        ready_s=ready,
-    )
+    return Prepared(case, decoder, all_dense, masked_dense, error, ready)
 
 
 def _run(decoder: Decoder, tokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -184,42 +219,56 @@ def size_bytes(model: nn.Module) -> int:
 # -- the table -------------------------------------------------------------------------------
 def table(cases: list[Case], command: str) -> Result:
     """Measure every case; the dense one of a batch comes first and is what the others are to."""
-    rows, records = [], []
-    dense: dict[tuple[object, ...], Measured] = {}
+    found: dict[Case, Measured] = {}
     for case in cases:
-        found = measure(case)
+        found[case] = measure(case)
         gc.collect()
         if CUDA:
             torch.cuda.empty_cache()
-        key = (case.model, case.batch, case.layers)
-        if case.sparsity is None:
-            dense[key] = found
-        faster = found.tokens_per_s / dense[key].tokens_per_s if key in dense else math.nan
+        print(*to_result(found, command).rows[-1], sep="  ", flush=True)
+        check(case, found[case])
+    return to_result(found, command)
+
+
+def check(case: Case, found: Measured) -> None:
+    """End the run where the logits are not those of the eager model."""
+    if not found.error < TOLERANCE:
+        raise SystemExit(f"{case}: logits are off by {found.error:.3g}, over {TOLERANCE}")
+
+
+def to_result(found: Mapping[Case, Measured], command: str) -> Result:
+    """The table of what was measured, in its order, each case to the dense one of its batch."""
+    rows, records = [], []
+    dense = {_group(case): own for case, own in found.items() if case.sparsity is None}
+    for case, own in found.items():
+        base = dense.get(_group(case))
+        faster = None if base is None else own.tokens_per_s / base.tokens_per_s
         rows.append(
             (
                 _label(case),
                 case.batch,
                 "dense" if case.sparsity is None else f"{case.sparsity:.0%}",
-                f"{found.tokens_per_s:.0f}",
-                f"{found.step_ms:.3f}",
-                f"{found.host_ms:.3f}",
-                "" if math.isnan(faster) else f"{faster:.2f}x",
-                _share(found.masked_bytes, found.masked_dense_bytes),
-                _share(found.all_bytes, found.all_dense_bytes),
-                f"{found.error:.1e}",
-                f"{found.ready_s:.0f}",
+                f"{own.tokens_per_s:.0f}",
+                f"{own.step_ms:.3f}",
+                f"{own.host_ms:.3f}",
+                "" if faster is None else f"{faster:.2f}x",
+                _share(own.masked_bytes, own.masked_dense_bytes),
+                _share(own.all_bytes, own.all_dense_bytes),
+                f"{own.error:.1e}",
+                f"{own.ready_s:.0f}",
             )
         )
-        records.append(
-            {**asdict(case), **asdict(found), "speedup": None if math.isnan(faster) else faster}
-        )
-        print(*rows[-1], sep="  ", flush=True)
-        if not found.error < TOLERANCE:
-            raise SystemExit(f"{case}: logits are off by {found.error:.3g}, over {TOLERANCE}")
+        records.append({**asdict(case), **asdict(own), "speedup": faster})
     headers = ("model", "batch", "sparsity", "tokens/s", "ms a step", "host ms", "to dense")
     headers += ("masked weights", "all weights", "error", "ready s")
-    title = f"Greedy decoding at position {cases[0].prompt}, {'bf16' if CUDA else 'fp32'}"
+    prompt = next(iter(found)).prompt
+    title = f"Greedy decoding at position {prompt}, {'bf16' if CUDA else 'fp32'}"
     return Result(title, command, headers, rows, records)
+
+
+def _group(case: Case) -> tuple[object, ...]:
+    """What is alike in a case and the dense one that it is compared with."""
+    return case.model, case.batch, case.layers, case.prompt
 
 
 def _label(case: Case) -> str:

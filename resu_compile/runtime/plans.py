@@ -303,6 +303,10 @@ class _Case:
             times, found = plan_cache.find(key, wanted)
             sources = dict.fromkeys(found)  # in order, each once
             missing = {rows: own for rows, own in wanted.items() if rows not in times}
+            if self.rows is not None:
+                for rows, own in self._without_unpack(key, missing, sources).items():
+                    times[rows] = own
+                    del missing[rows]
             if missing:
                 if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                     sources["not measured: the stream is being captured"] = None
@@ -312,6 +316,28 @@ class _Case:
                     plan_cache.keep(key, fresh)
                     times |= fresh
         return times, sources
+
+    def _without_unpack(
+        self,
+        key: plan_cache.TimesKey,
+        wanted: Mapping[int, frozenset[Kernel]],
+        sources: dict[str, None],
+    ) -> dict[int, dict[Kernel, float]]:
+        """Known times of the rows at which ``UNPACK`` cannot win, so that its time is not needed.
+
+        It is the dense product after expanding the weight: what beats dense beats it too.
+        """
+        others = {rows: own - {Kernel.UNPACK} for rows, own in wanted.items()}
+        times, found = plan_cache.find(key, others)
+        won = {}
+        for rows, own in times.items():
+            sparse = [ms for kernel, ms in own.items() if kernel not in WITHOUT_FORMAT]
+            limit = own.get(Kernel.DENSE, 0.0) * (1.0 - MARGINS[self.device.type])
+            if sparse and min(sparse) < limit:
+                won[rows] = own
+        if won:
+            sources.update(dict.fromkeys(found))
+        return won
 
     def _measure(self, wanted: Mapping[int, frozenset[Kernel]]) -> dict[int, dict[Kernel, float]]:
         try:

@@ -430,6 +430,19 @@ def test_only_what_no_table_has_is_measured(measured, monkeypatch):
     assert len(measured.asked) == 1
 
 
+@pytest.mark.parametrize(("sparse_ms", "asked"), [(7.0, 0), (8.9, 1)])
+def test_unpacking_is_measured_only_where_it_might_win(measured, monkeypatch, sparse_ms, asked):
+    key = plan_cache.TimesKey.of(CUDA, 256, 128, 0.7, torch.bfloat16, cuda_graphs=False)
+    known = {1: {DENSE: 9.0, ROWS: sparse_ms, TILES: 8.95}}
+    entries = {f"{key.device}|{key.text}": plan_cache.to_stored(key, known)}
+    monkeypatch.setattr(plan_cache, "_shipped", lambda: entries)
+    plan = plan_of(1, release_dense=True)
+    assert by_rows(plan)[1] is ROWS
+    assert len(measured.asked) == asked
+    assert plan.source == ("measured" if asked else "shipped")
+    assert (plan.times_ms == {0: known[1]}) is (not asked)
+
+
 def test_launches_are_part_of_what_is_measured(measured):
     assert plan_of(1, cuda_graphs=True).source == "measured"
     assert plan_of(1, cuda_graphs=False).source == "measured"
