@@ -376,6 +376,7 @@ def test_cuda_graph_capture(kernel, rows):
     x = torch.randn(rows, 1024, dtype=torch.bfloat16, device="cuda")
     inputs = arguments(x, weight, kernel, released=True)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which packs the weight
     with torch.cuda.stream(stream):
         sparse_linear(*inputs)  # compiles outside the capture
     torch.cuda.synchronize()
