@@ -41,6 +41,9 @@ CUDA_REPEATS = 9
 CUDA_MIN_CALLS = 16  # in a row: a single product is near the resolution of the events
 CUDA_MAX_MS = 2.0  # in a row, so that one repeat of what takes long stays short
 
+# Random entries drawn at once, 64 MiB in fp32: a model may fill the device while this runs.
+RANDOM_AT_ONCE = 2**24
+
 Call = Callable[[], object]
 Times = dict[int, dict[Kernel, float]]  # rows of x -> kernel -> milliseconds
 
@@ -128,7 +131,7 @@ class _Products:
 
     def x(self, rows: int) -> Tensor:
         """A random input (rows, K)."""
-        return self._random(rows).to(self.dtype)
+        return self._random(rows)
 
     def calls(self, kernel: Kernel, x: Tensor, out_features: int, *, copies: bool) -> list[Call]:
         """One call of the product with each copy of the weight; one copy without ``copies``."""
@@ -144,7 +147,7 @@ class _Products:
             block = min(out_features, max(16, 2**20 // self.in_features))
         self.generator.manual_seed(0)  # the same weight for every kernel
         mask = self._mask(block)
-        weight = self._random(block).mul_(mask).to(self.dtype)  # (block, K)
+        weight = self._random(block).mul_(mask)  # (block, K)
         if source is Kernel.DENSE:
             first = _Linear.dense(_repeated(weight, out_features))
         elif source is Kernel.CSR:
@@ -152,6 +155,7 @@ class _Products:
             first = _Linear.packed(PackedLinear(csr.shape, {source: csr}))
         else:
             first = _Linear.packed(pack_linear(weight, mask, (source,)))
+        del weight, mask
         if not copies:
             return [first]
         l2_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
@@ -159,17 +163,34 @@ class _Products:
         return [first] + [first.clone() for _ in range(count - 1)]
 
     def _mask(self, rows: int) -> Tensor:
-        score = torch.rand((rows, self.in_features), generator=self.generator, device=self.device)
+        """Bool, (rows, K), True = kept."""
+        mask = torch.empty((rows, self.in_features), dtype=torch.bool, device=self.device)
+        for part in mask.split(self._rows_at_once):
+            part.copy_(self._kept(self._uniform(len(part))))
+        return mask
+
+    def _kept(self, score: Tensor) -> Tensor:
         if self.pattern is None:
             return score >= self.sparsity
         n, m = self.pattern
         groups = score.view(-1, m)
-        kept = groups.argsort(1).argsort(1) < n
-        return kept.view(rows, self.in_features)
+        return (groups.argsort(1).argsort(1) < n).view(score.shape)
 
     def _random(self, rows: int) -> Tensor:
+        """(rows, K) in [-0.5, 0.5)."""
+        values = torch.empty((rows, self.in_features), dtype=self.dtype, device=self.device)
+        for part in values.split(self._rows_at_once):
+            part.copy_(self._uniform(len(part)).sub_(0.5))
+        return values
+
+    def _uniform(self, rows: int) -> Tensor:
         shape = (rows, self.in_features)
-        return torch.rand(shape, generator=self.generator, device=self.device).sub_(0.5)
+        return torch.rand(shape, generator=self.generator, device=self.device)
+
+    @property
+    def _rows_at_once(self) -> int:
+        """Rows that random numbers are drawn for."""
+        return max(1, RANDOM_AT_ONCE // self.in_features)
 
 
 def _repeated(block: Tensor, rows: int) -> Tensor:

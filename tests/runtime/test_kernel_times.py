@@ -88,6 +88,23 @@ def test_short_products_run_often_and_long_ones_few_times(one_ms, copies, number
     assert enough[: len(calls)] == calls[:number]  # no copy twice before the last
 
 
+@pytest.mark.parametrize(("pattern", "sparsity"), [(None, 0.7), ((2, 4), 0.5)])
+def test_random_weights_are_drawn_in_parts(monkeypatch, pattern, sparsity):
+    monkeypatch.setattr(kernel_times, "RANDOM_AT_ONCE", 5 * 128)
+    drawn = []
+    own = products(sparsity, torch.bfloat16, pattern, in_features=128)
+    uniform = own._uniform
+    own._uniform = lambda rows: drawn.append(rows) or uniform(rows)
+    mask, values = own._mask(64), own._random(64)
+    assert drawn == 2 * [*12 * [5], 4]
+    assert mask.dtype == torch.bool
+    assert mask.logical_not().float().mean().item() == pytest.approx(sparsity, abs=0.02)
+    assert values.dtype == torch.bfloat16
+    assert len(values.unique(dim=0)) == len(mask.unique(dim=0)) == 64  # none is drawn twice
+    if pattern:
+        assert mask.view(-1, 4).sum(1).eq(2).all()
+
+
 def test_leaves_the_random_state_alone():
     before = torch.get_rng_state()
     times_of()
