@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 
 import resu_compile as resu
@@ -53,6 +54,8 @@ class Case:
         prompt: tokens in the cache before the first step.
         steps: tokens a round.
         threshold: ``sparse_threshold`` of ``sparsify``.
+        pdl: let the kernels that Inductor makes start before the one before has ended, and tell the
+            one behind to do so (its setting ``triton.enable_pdl``; Hopper).
     """
 
     model: str
@@ -63,6 +66,7 @@ class Case:
     prompt: int = 512
     steps: int = 64
     threshold: float | str = "auto"
+    pdl: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,8 @@ def prepare(case: Case, further_steps: int = 0) -> Prepared:
         control = resu.controller(model)
         control.compile()
         control.release_dense()
-    got, _ = _run(decoder, tokens)
+    with torch._inductor.config.patch({"triton.enable_pdl": case.pdl}):
+        got, _ = _run(decoder, tokens)
     ready = time.perf_counter() - start
     # the first call packs, the second compiles, the third records: the last is what is timed
     error = float((got - expected).norm() / expected.norm())
@@ -268,12 +273,13 @@ def to_result(found: Mapping[Case, Measured], command: str) -> Result:
 
 def _group(case: Case) -> tuple[object, ...]:
     """What is alike in a case and the dense one that it is compared with."""
-    return case.model, case.batch, case.layers, case.prompt
+    return case.model, case.batch, case.layers, case.prompt, case.pdl
 
 
 def _label(case: Case) -> str:
     layers = "" if case.layers is None else f", {case.layers} layers"
-    return f"{case.model}{layers}{', head pruned' if case.head and case.sparsity else ''}"
+    head = ", head pruned" if case.head and case.sparsity else ""
+    return f"{case.model}{layers}{head}{', PDL' if case.pdl else ''}"
 
 
 def _share(now: int, before: int) -> str:
@@ -292,6 +298,7 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
             args.prompt,
             args.steps,
             args.threshold if args.threshold == "auto" else float(args.threshold),
+            args.pdl,
         )
         for batch in args.batch
         for sparsity in (*(() if args.no_dense else (None,)), *args.sparsity)
@@ -309,6 +316,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--steps", type=int, default=64, help="tokens a round")
     parser.add_argument("--threshold", default="auto", help="sparse_threshold of sparsify")
+    parser.add_argument("--pdl", action="store_true", help="Inductor's triton.enable_pdl, for both")
     parser.add_argument("--tiny", action="store_true", help="two small layers, one batch")
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args(argv)

@@ -196,6 +196,35 @@ def test_through_inductor():
         torch.testing.assert_close(model(X), expected)
 
 
+class Feedforward(nn.Module):
+    """A norm, gate and up of its result, down, and the input added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(64)
+        self.gate, self.up = (nn.Linear(64, 128, bias=False) for _ in range(2))
+        self.down = nn.Linear(128, 64, bias=False)
+
+    def forward(self, x):
+        h = self.norm(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+def test_what_inductor_makes_around_products(monkeypatch):
+    """No kernel more than around dense ones: the parts of a merged product are not copied out."""
+    from torch._inductor.utils import run_and_get_code
+
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    model = resu.sparsify(Feedforward(), 0.5, sparse_threshold=0.0)
+    with torch.no_grad():
+        out, (code,) = run_and_get_code(model, X)
+    call = code[code.index("def call(") :]
+    assert call.count("resu_compile.sparse_linear.default(") == 2
+    kernels = [line for line in call.splitlines() if line.strip().startswith("cpp_fused")]
+    assert len(kernels) == 3  # the norm; silu and the product with it; the sum
+    torch.testing.assert_close(out, model.forward(X))
+
+
 # -- CUDA --------------------------------------------------------------------------------------
 class Decoder(nn.Module):
     """The layers of a small decoder: q, k and v, out, gate and up, down."""
