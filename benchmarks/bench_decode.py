@@ -172,7 +172,7 @@ def prepare(case: Case, further_steps: int = 0) -> Prepared:
         control = resu.controller(model)
         control.compile()
         control.release_dense()
-    with torch._inductor.config.patch({"triton.enable_pdl": case.pdl}):
+    with torch._inductor.config.patch({"triton.enable_pdl": True} if case.pdl else {}):
         got, _ = _run(decoder, tokens)
     ready = time.perf_counter() - start
     # the first call packs, the second compiles, the third records: the last is what is timed
