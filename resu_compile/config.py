@@ -25,7 +25,7 @@ Names = str | tuple[str, ...]
 Predicate = Callable[[str, Tensor], bool]
 
 RULES = ("auto", "optimizer", "sgd", "momentum", "adam", "selective", "subset")
-SCORES = ("magnitude", "gradient", "growth", "wanda")
+SCORES = ("magnitude", "saliency", "gradient", "growth", "wanda")
 DEFAULT_SPARSITY = 0.7
 DEFAULT_EXCLUDE: tuple[str, ...] = ("*lm_head*",)
 
@@ -224,8 +224,12 @@ class ResurrectionConfig:
         alpha: ``"subset"``: share of the pruned places that moves.
         subset_by: ``"subset"``: ``"random"`` draws it, ``"gradient"`` takes the largest |g|.
         refresh: ``"subset"``: steps after which it is chosen again; 0 keeps it all phase long.
+        places: how many pruned places hold theta, as a share of the places that are kept: those
+            with the largest |g| of the first step, which computes a dense gradient for it. The
+            others stay 0. None lets all of them hold theta.
         budget: share of the kept places that the tournament reserves for the resurrected.
         score: ``"magnitude"`` |W|; ``"gradient"`` |W| |g|, g the gradient of the last step;
+            ``"saliency"`` |W| (E[g^2])^(1/4), with ``controller(model).track_gradients()``;
             ``"growth"`` |W| of the active and |g| of the pruned, for a quota, whose groups do not
             meet; ``"wanda"`` |W| times the norm of its input, which ``commit(calibration=...)``
             measures; or a callable (name, weight) -> score tensor.
@@ -258,6 +262,7 @@ class ResurrectionConfig:
     alpha: float = 0.2
     subset_by: Literal["random", "gradient"] = "random"
     refresh: int = 0
+    places: float | None = None
     budget: float = 0.02
     score: str | Callable[[str, Tensor], Tensor] = "magnitude"
     strategy: Literal["amnesty", "merge", "reprune"] = "amnesty"
@@ -291,11 +296,23 @@ class ResurrectionConfig:
         object.__setattr__(self, "betas", tuple(self.betas))
         self._settle_freeze()
         self._settle_rule()
+        self._check_places()
         check_commit(self.budget, self.score, self.strategy, self.kind, self.margin)
         if self.score == "gradient" and self.freeze_active:
             raise ArgumentError(
                 "score: expected another one than 'gradient' with frozen active weights, which get "
                 "no gradient to be scored by; set freeze_active=False or score='magnitude'"
+            )
+
+    def _check_places(self) -> None:
+        if self.places is None:
+            return
+        check_number(self.places, name="places", minimum=0.0, expected="None or a number >= 0")
+        if self.init != "zero" or self.rule in ("selective", "subset"):
+            raise ArgumentError(
+                "places: expected None unless theta starts from zero and moves by another rule "
+                "than 'selective' and 'subset', which choose places of their own, got "
+                f"places={self.places!r} with init={self.init!r} and rule={self.rule!r}"
             )
 
     def _settle_freeze(self) -> None:

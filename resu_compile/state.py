@@ -281,6 +281,12 @@ class MaskedWeight:
             self._clean_value = None
 
     # -- the gradient ------------------------------------------------------------------------
+    @property
+    def live(self) -> Tensor | None:
+        """Packed mask of the places that train, in a resurrection that chose a few; else None."""
+        running = self.controller.resurrection
+        return None if running is None else running.live.get(self.name)
+
     def note_graph_gradient(self, grad: Tensor, routing: Routing) -> None:
         """Remember a gradient that a compiled graph has masked already.
 
@@ -303,15 +309,27 @@ class MaskedWeight:
             parameter is not None and self._is_last_hook(parameter)
         )
         self._clean_gradient = None
-        if routing is Routing.ALL:
+        live = self.live
+        if routing is Routing.ALL and live is None:
             return None
         task = torch._C._current_graph_task_id()
-        if known == (grad.data_ptr(), grad._version, task, routing):
+        if live is None and known == (grad.data_ptr(), grad._version, task, routing):
             return None
         if self.bits.device != grad.device:
             self._move_bits(grad.device)
-        masked: Tensor = route_gradient(grad, self.bits, routing.keeps_active)
+        masked: Tensor = route_gradient(grad, *self._routed(routing))
         return masked
+
+    def _routed(self, routing: Routing) -> tuple[Tensor, bool]:
+        """Packed bits, and whether gradients reach their places or those outside of them."""
+        live = self.live
+        if live is not None:
+            return live.to(self.bits.device), True
+        return self.bits, routing.keeps_active
+
+    def forget_clean_gradient(self) -> None:
+        """Note that other places train from now on."""
+        self._clean_gradient = None
 
     def _is_last_hook(self, parameter: nn.Parameter) -> bool:
         """False if a hook of the user's rewrites the gradient after ours."""
@@ -325,7 +343,7 @@ class MaskedWeight:
             self._note_clean(grad, self.controller.routing)
 
     def _note_clean(self, grad: Tensor, routing: Routing) -> None:
-        if routing is not Routing.ALL:
+        if routing is not Routing.ALL or self.live is not None:
             self._clean_gradient = (weakref.ref(grad), grad._version, routing)
 
     def _is_clean(self, grad: Tensor, routing: Routing) -> bool:
@@ -341,13 +359,16 @@ class MaskedWeight:
     def clean_gradient(self, parameter: nn.Parameter, routing: Routing) -> None:
         """Mask ``parameter.grad`` unless nothing was written since it was (clipping, noise)."""
         grad = parameter.grad
-        if grad is None or routing is Routing.ALL or self._is_clean(grad, routing):
+        if grad is None or (routing is Routing.ALL and self.live is None):
             return
+        if self._is_clean(grad, routing):
+            return
+        bits, keep = self._routed(routing)
         with torch.no_grad():
             if _is_expanded(grad):  # no room for a zero of its own
-                grad = parameter.grad = route_gradient(grad, self.bits, routing.keeps_active)
+                grad = parameter.grad = route_gradient(grad, bits, keep)
             else:
-                zero_where_(grad, self.bits, routing.keeps_active)
+                zero_where_(grad, bits, keep)
         self._note_clean(grad, routing)
 
     # -- writes that nobody saw ----------------------------------------------------------------

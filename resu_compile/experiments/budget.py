@@ -65,11 +65,19 @@ def rehearse(task: ExperimentTask, config: TrainingConfig) -> float:
     run = SparseTraining(task.model, config).start()
     flops = task_flops(task)
     parameters = dict(task.model.named_parameters())
+    if run.controller.moments is not None:
+        known = [(name, gradients[name]) for name in run.controller.weights if name in gradients]
+        run.controller.moments.observe(known)
     while not run.done:
-        if run.controller.dense_gradients:
+        running = run.controller.resurrection
+        choosing = running is not None and running.is_choosing
+        if run.controller.dense_gradients or choosing:
             for name, gradient in gradients.items():
                 parameters[name].grad = gradient.clone()
         run.after_backward()
+        if running is not None and choosing:
+            for weight in run.controller.weights.values():
+                running.choose(task.optimizer, weight, weight.parameter)
         task.optimizer.zero_grad()
         run.after_step()
     return run.costs.training_share(flops)

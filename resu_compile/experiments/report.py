@@ -97,7 +97,7 @@ def report_text(
         method: what the others are rivals of.
         pictures: names of files beside the text.
     """
-    parts = ["# Results", "", *_notes(groups, records)]
+    parts = ["# Results", "", *notes_on(groups, records)]
     for group in groups:
         arrow = "higher" if group.higher_is_better else "lower"
         parts += [
@@ -106,7 +106,7 @@ def report_text(
             "",
             f"Test {group.metric}, {arrow} is better: mean ± 95 % interval (seeds).",
             "",
-            _markdown(metric_rows(group)),
+            markdown_table(metric_rows(group)),
         ]
         if method in group.methods and len(group.methods) > 1:
             parts += [
@@ -114,12 +114,12 @@ def report_text(
                 f"{method} against each rival over the same seeds: difference in {group.metric}, "
                 f"above 0 where {method} is better, [95 % interval], p of the paired t-test.",
                 "",
-                _markdown(difference_rows(group, method)),
+                markdown_table(difference_rows(group, method)),
             ]
-        parts += ["", "Costs, as means over the seeds.", "", _markdown(cost_rows(group))]
+        parts += ["", "Costs, as means over the seeds.", "", markdown_table(cost_rows(group))]
         settings = setting_rows(group)
         if len(settings) > 1:
-            parts += ["", "Settings that the trials chose.", "", _markdown(settings)]
+            parts += ["", "Settings that the trials chose.", "", markdown_table(settings)]
         parts += ["", *(f"![]({name})" for name in pictures if name.startswith(group.slug))]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -166,7 +166,7 @@ def setting_rows(group: Group) -> Rows:
     return rows
 
 
-def _notes(groups: Sequence[Group], records: Sequence[Record]) -> list[str]:
+def notes_on(groups: Sequence[Group], records: Sequence[Record]) -> list[str]:
     """What the numbers mean, and what they must not hide."""
     known = list(by_key(records).values())
     notes = [
@@ -274,7 +274,8 @@ def _difference(interval: Interval | None) -> str:
     return f"{interval.mean:+.4f} {ends}, p {interval.p_value:.2g}, {interval.verdict}"
 
 
-def _markdown(rows: Rows) -> str:
+def markdown_table(rows: Rows) -> str:
+    """Rows, the first of which are headers, as a markdown table."""
     return str(tabulate(rows[1:], headers=rows[0], tablefmt="pipe", disable_numparse=True))
 
 

@@ -11,10 +11,12 @@ from resu_compile.methods.random_pruning import RandomPruning
 from resu_compile.methods.registry import (
     AnyMethod,
     CalibratedMethod,
+    GradientMethod,
     Method,
     get_method,
     get_training_method,
     is_calibrated,
+    is_gradient_method,
     is_training_method,
     method_names,
     register_method,
@@ -22,6 +24,7 @@ from resu_compile.methods.registry import (
 )
 from resu_compile.methods.resu import Resu
 from resu_compile.methods.rigl import RigL
+from resu_compile.methods.saliency import Saliency
 from resu_compile.methods.set import SET
 from resu_compile.methods.snfs import SNFS
 from resu_compile.methods.snip import SNIP
@@ -39,6 +42,7 @@ __all__ = [
     "CalibratedMethod",
     "DSnoT",
     "GMP",
+    "GradientMethod",
     "Lottery",
     "MEST",
     "Magnitude",
@@ -51,6 +55,7 @@ __all__ = [
     "SNFS",
     "SNIP",
     "SRSTE",
+    "Saliency",
     "SoftShrinkage",
     "Static",
     "TopKAST",
@@ -60,6 +65,7 @@ __all__ = [
     "get_method",
     "get_training_method",
     "is_calibrated",
+    "is_gradient_method",
     "is_training_method",
     "method_names",
     "register_method",

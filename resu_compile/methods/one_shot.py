@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from resu_compile.errors import ArgumentError
-from resu_compile.methods.registry import AnyMethod, get_method, is_calibrated, register_method
+from resu_compile.methods.registry import (
+    AnyMethod,
+    get_method,
+    is_calibrated,
+    is_gradient_method,
+    register_method,
+)
 from resu_compile.methods.training_method import TrainingMethod, check_when, steps_of
 from resu_compile.phase import Phase
 
@@ -48,15 +54,22 @@ class OneShot(TrainingMethod):
         """Prune here, if it is to be at step 0."""
         if self.settled(run) > run.steps:
             raise ArgumentError(f"at: expected at most {run.steps} steps, got {self.at!r}")
+        if is_gradient_method(self.criterion):
+            run.controller.track_gradients()
         if self.settled(run) == 0:
-            run.prune(method=self.criterion)
+            self._prune(run)
 
     def after_step(self, run: Run) -> None:
         """Prune, if this was the step."""
         if run.step == self.settled(run):
-            run.prune(method=self.criterion)
+            self._prune(run)
 
     def finish(self, run: Run) -> None:
         """Prune now, if the run ends before its time."""
         if run.controller.phase is Phase.DENSE:
-            run.prune(method=self.criterion)
+            self._prune(run)
+
+    def _prune(self, run: Run) -> None:
+        run.prune(method=self.criterion)
+        if is_gradient_method(self.criterion):
+            run.controller.forget_gradients()

@@ -31,6 +31,20 @@ class Method(Protocol):
 
 
 @runtime_checkable
+class GradientMethod(Protocol):
+    """A rule that scores weights by the gradients that they were trained with."""
+
+    def score_with(self, weight: Tensor, mean_square: Tensor) -> Tensor:
+        """Score of each entry of ``weight``: same shape, floating point, free of NaN.
+
+        Args:
+            weight: floating point, any shape.
+            mean_square: of its gradients, float32, the same shape.
+        """
+        ...
+
+
+@runtime_checkable
 class CalibratedMethod(Protocol):
     """A rule that prunes block by block, from the inputs that data give the weights."""
 
@@ -48,7 +62,7 @@ class CalibratedMethod(Protocol):
         ...
 
 
-AnyMethod = Method | CalibratedMethod
+AnyMethod = Method | GradientMethod | CalibratedMethod
 
 _METHODS: dict[str, type[AnyMethod | TrainingMethod]] = {}
 M = TypeVar("M", bound=type)
@@ -94,11 +108,13 @@ def get_method(method: str | AnyMethod) -> AnyMethod:
         raise ArgumentError(
             f"method: unknown method {method!r}; registered: {', '.join(method_names())}"
         )
-    if isinstance(method, (Method, CalibratedMethod)) and not isinstance(method, type):
+    known = (Method, GradientMethod, CalibratedMethod)
+    if isinstance(method, known) and not isinstance(method, type):
         return method
     raise ArgumentError(
         f"method: expected a name ({', '.join(method_names())}) or an object with a "
-        f"score(weight, generator) or prune(block) method, got {method!r}"
+        f"score(weight, generator), score_with(weight, mean_square) or prune(block) method, got "
+        f"{method!r}"
     )
 
 
@@ -139,6 +155,13 @@ def get_training_method(method: str | TrainingMethod, **options: Any) -> Trainin
 def name_of(method: TrainingMethod) -> str | None:
     """The name that the class of ``method`` is registered under; None if it is not."""
     return next((name for name, cls in _METHODS.items() if cls is type(method)), None)
+
+
+def is_gradient_method(method: str | AnyMethod | TrainingMethod) -> bool:
+    """True if ``method`` is one that has to see the gradients of training."""
+    if isinstance(method, TrainingMethod) or is_training_method(method):
+        return False
+    return isinstance(get_method(method), GradientMethod)
 
 
 def is_calibrated(method: str | AnyMethod | TrainingMethod) -> bool:

@@ -28,7 +28,7 @@ class Resu(TrainingMethod):
     """
 
     keeps_pattern: ClassVar[bool] = True
-    criterion: str | AnyMethod = "magnitude"
+    criterion: str | AnyMethod = "saliency"
 
     def __post_init__(self) -> None:
         """Check every field; the messages name the argument."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,8 +13,9 @@ from resu_compile.comparison import parse_pattern
 from resu_compile.config import SparsityConfig
 from resu_compile.distributions import DISTRIBUTIONS
 from resu_compile.errors import ArgumentError
-from resu_compile.methods import CalibratedMethod, Method, get_method
+from resu_compile.methods import CalibratedMethod, GradientMethod, Method, get_method
 from resu_compile.patterns import pattern_masks
+from resu_compile.runtime.gradient_moments import GradientMoments
 from resu_compile.runtime.packed_masks import PackedMasks
 from resu_compile.selection import NamedWeight, check_values, matches
 from resu_compile.sparsity import global_topk_masks, keep_count, topk_mask
@@ -40,6 +42,7 @@ def new_masks(
     *,
     calibration: Calibration | None = None,
     model: nn.Module | None = None,
+    moments: GradientMoments | None = None,
 ) -> PackedMasks:
     """Masks with exact counts, from the present values of ``weights``.
 
@@ -54,6 +57,7 @@ def new_masks(
             others fill what these leave. None lets all places compete.
         calibration: for a calibrated method: a function ``forward_loop(model)``, or batches.
         model: the root, which calibration runs.
+        moments: the gradients that a method of gradients scores by.
 
     Returns:
         parameter name -> bool mask, True = active; held as bits.
@@ -72,17 +76,17 @@ def new_masks(
         assert calibration is not None
         assert model is not None
         return _calibrated(method, weights, config, generator, active, calibration, model)
+    score = partial(_score, method, generator=generator, moments=moments)
     if config.scope == "global" and config.pattern is None:
-        return _ranked_together(method, weights, config, generator, active or {})
+        return _ranked_together(weights, config, score, active or {})
     # one weight at a time: the scores of all would be a second copy of the model
-    return PackedMasks(_ranked_alone(method, weights, config, generator, active or {}))
+    return PackedMasks(_ranked_alone(weights, config, score, active or {}))
 
 
 def _ranked_alone(
-    method: Method,
     weights: Sequence[NamedWeight],
     config: SparsityConfig,
-    generator: torch.Generator,
+    score_of: Callable[[NamedWeight], Tensor],
     active: Mapping[str, Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
     """Name and mask of each weight, whose scores are compared among themselves."""
@@ -90,7 +94,7 @@ def _ranked_alone(
     keep = {} if pattern is not None else fixed_counts(weights, config)
     for weight in weights:
         name = weight.name
-        score = _score(method, weight, generator)
+        score = score_of(weight)
         first = {name: active[name].to(score.device)} if active else {}
         if pattern is not None:
             yield name, pattern_masks([weight], {name: score}, pattern, first)[name]
@@ -100,14 +104,13 @@ def _ranked_alone(
 
 
 def _ranked_together(
-    method: Method,
     weights: Sequence[NamedWeight],
     config: SparsityConfig,
-    generator: torch.Generator,
+    score_of: Callable[[NamedWeight], Tensor],
     active: Mapping[str, Tensor],
 ) -> PackedMasks:
     """Masks by one ranking of all scores, but for the weights that ``overrides`` names."""
-    scores = {weight.name: _score(method, weight, generator) for weight in weights}
+    scores = {weight.name: score_of(weight) for weight in weights}
     first = {name: active[name].to(scores[name].device) for name in scores} if active else {}
     keep = fixed_counts(weights, config)
     free = [weight for weight in weights if weight.name not in keep]
@@ -206,9 +209,25 @@ def overridden(weights: Sequence[NamedWeight], config: SparsityConfig) -> Mappin
     return found
 
 
-def _score(method: Method, weight: NamedWeight, generator: torch.Generator) -> Tensor:
+def _score(
+    method: Method | GradientMethod,
+    weight: NamedWeight,
+    *,
+    generator: torch.Generator,
+    moments: GradientMoments | None,
+) -> Tensor:
+    value = weight.parameter.detach()
     with torch.no_grad():
-        score = method.score(weight.parameter.detach(), generator)
+        if isinstance(method, GradientMethod):
+            if moments is None:
+                raise ArgumentError(
+                    f"method: expected another one than {type(method).__name__} for weights whose "
+                    "gradients nobody saw; call controller(model).track_gradients() before "
+                    "training, or choose 'magnitude'"
+                )
+            score = method.score_with(value, moments.mean_square(weight.name, value.device))
+        else:
+            score = method.score(value, generator)
     if score.shape != weight.parameter.shape or bool(torch.isnan(score).any()):
         raise ArgumentError(
             f"method: expected scores of shape {tuple(weight.parameter.shape)} without NaN from "

@@ -20,6 +20,7 @@ from torch import Tensor
 from resu_compile.comparison import RowLayout, parse_pattern
 from resu_compile.config import ResurrectionConfig, SparsityConfig
 from resu_compile.errors import ArgumentError
+from resu_compile.methods.saliency import Saliency
 from resu_compile.patterns import committed_layout
 from resu_compile.runtime.allocation import fixed_counts, new_masks
 from resu_compile.runtime.gradient_score import LastGradients
@@ -69,6 +70,7 @@ def commit_masks(
             controller.generator,
             calibration=calibration,
             model=controller.model,
+            moments=controller.moments,
         )
     counts = {name: weight.nnz for name, weight in weights.items()}
     if pruning is not None:
@@ -141,7 +143,7 @@ def kept_counts(controller: Controller, pruning: SparsityConfig) -> dict[str, in
     named = controller.named_weights()
     counts = fixed_counts(named, pruning)
     if len(counts) < len(named):  # one threshold over all weights: their scores decide
-        masks = new_masks(named, pruning, controller.generator)
+        masks = new_masks(named, pruning, controller.generator, moments=controller.moments)
         counts = {name: int(mask.sum()) for name, mask in masks.items()}
     return counts
 
@@ -246,9 +248,25 @@ def _wanda(controller: Controller, calibration: Any) -> Score:
     return score
 
 
+def _saliency(controller: Controller, _calibration: Any) -> Score:
+    """|W| (E[g^2])^(1/4): what the pruning method of that name goes by, theta included."""
+    method, moments = Saliency(), controller.moments
+    if moments is None:
+        raise ArgumentError(
+            "score: expected another one than 'saliency' without gradients; call "
+            "controller(model).track_gradients() before training, or choose 'magnitude'"
+        )
+
+    def score(name: str, value: Tensor) -> Tensor:
+        return method.score_with(value, moments.mean_square(name, value.device))
+
+    return score
+
+
 SCORES: dict[str, Callable[[Controller, Any], Score]] = {
     "magnitude": _magnitude,
     "gradient": _gradient,
     "growth": _growth,
+    "saliency": _saliency,
     "wanda": _wanda,
 }

@@ -38,6 +38,7 @@ from resu_compile.runtime.commit import commit_masks, pattern_layouts, takes_sco
 from resu_compile.runtime.commit_report import CommitReport, compare_masks
 from resu_compile.runtime.controller_state import PRUNE_ARGUMENTS
 from resu_compile.runtime.dense_release import ReleaseReport, check_dense, request, restore
+from resu_compile.runtime.gradient_moments import DECAY, GradientMoments
 from resu_compile.runtime.mask_history import MaskHistory
 from resu_compile.runtime.module_hooks import AfterForward, BeforeForward, ControllerSlot
 from resu_compile.runtime.optimizer_state import zero_state
@@ -91,6 +92,7 @@ class Controller:
 
     Attributes:
         released: what ``release_dense`` has freed so far; None unless it was called.
+        moments: mean squares of gradients, if ``track_gradients`` was called.
         agree: asked for the masks in place of each new choice, before it is applied; how several
             processes come to the same ones (training/distributed.py).
     """
@@ -117,6 +119,7 @@ class Controller:
         self.epoch = 0
         self.structure = 0
         self.released: ReleaseReport | None = None
+        self.moments: GradientMoments | None = None
         self._phase = phase
         self._dense_gradients = False
         self._compiled_call: weakref.ref[Any] | None = None
@@ -264,6 +267,22 @@ class Controller:
             self._dense_gradients = on
             self.epoch += 1
 
+    def track_gradients(self, decay: float = DECAY) -> None:
+        """Keep a decaying mean of squared gradients, which ``"saliency"`` scores by.
+
+        It sees what optimizers step the masked weights with, from the next step on, and costs one
+        float32 tensor of each weight's size. Later calls keep what is known.
+
+        Args:
+            decay: of the mean, in [0, 1).
+        """
+        if self.moments is None:
+            self.moments = GradientMoments(decay)
+
+    def forget_gradients(self) -> None:
+        """Free what ``track_gradients`` keeps."""
+        self.moments = None
+
     def _zero_pruned(self) -> None:
         """Weights and known optimizer state are 0 at the pruned places from here on."""
         for weight in self._weights.values():
@@ -319,7 +338,13 @@ class Controller:
         check_overrides(config.overrides, named)
         active = self.masks if self._phase is Phase.SPARSE else None
         masks = new_masks(
-            named, config, self.generator, active, calibration=calibration, model=self.model
+            named,
+            config,
+            self.generator,
+            active,
+            calibration=calibration,
+            model=self.model,
+            moments=self.moments,
         )
         if config.pattern != self.config.pattern:  # what 2:4 kernels rely on
             self.structure += 1

@@ -14,6 +14,7 @@ from resu_compile.errors import ArgumentError
 from resu_compile.kernels.mask_bits import unpack_mask
 from resu_compile.phase import Phase
 from resu_compile.runtime import optimizer_hooks
+from resu_compile.runtime.gradient_moments import GradientMoments
 from resu_compile.runtime.mask_history import MaskHistory
 from resu_compile.runtime.resurrection import Resurrection
 from resu_compile.selection import NamedWeight
@@ -42,6 +43,7 @@ def state_of(controller: Controller) -> dict[str, Any]:
         "generator": controller.generator.get_state(),
         "resurrection": running.state_dict() if running else None,
         "history": controller.history.state_dict(),
+        "moments": None if controller.moments is None else controller.moments.state_dict(),
     }
 
 
@@ -66,6 +68,7 @@ def load_state(controller: Controller, state: Mapping[str, Any]) -> None:
     phase, saved = Phase(state["phase"]), state["resurrection"]
     resurrection = Resurrection.from_state_dict(saved) if saved else None
     history = MaskHistory(state.get("history"))
+    moments = state.get("moments")  # of a state that was written before there were any
     controller.generator.set_state(state["generator"].cpu())
     counts = {name: weight.nnz for name, weight in weights.items()}
     for name, weight in weights.items():
@@ -77,7 +80,10 @@ def load_state(controller: Controller, state: Mapping[str, Any]) -> None:
     controller.config = config
     controller._phase = phase
     controller.resurrection = resurrection
+    if resurrection is not None:
+        resurrection.attach(weights)
     controller.history = history
+    controller.moments = None if moments is None else GradientMoments.from_state_dict(moments)
     controller.epoch += 1
 
 

@@ -27,10 +27,12 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from resu_compile.kernels.mask_bits import zero_where_
 from resu_compile.optim import SGD, AdamW
 from resu_compile.phase import Phase, Routing
 from resu_compile.runtime.masked_optimizer import Entry, MaskedOptimizer
 from resu_compile.runtime.optimizer_state import zero_state
+from resu_compile.runtime.resurrection import factor_of, skipped_by_scaler
 from resu_compile.state import MaskedWeight, masked_weight_of, registry_epoch
 
 if TYPE_CHECKING:
@@ -224,6 +226,7 @@ def _prepare(optimizer: Optimizer, view: _View) -> None:
     view.hidden.clear()  # of a step() that raised
     _freeze_others(optimizer, view)
     own: list[Entry] = []
+    seen: dict[Controller, list[tuple[str, Tensor]]] = {}
     for group, parameter, weight in view.entries:
         controller, running = weight.controller, weight.controller.resurrection
         weight.follow(parameter)
@@ -237,11 +240,25 @@ def _prepare(optimizer: Optimizer, view: _View) -> None:
             if weight not in view.synced and not running.resumed:
                 _zero_on_first_sight(optimizer, view, parameter, weight)  # from before sparsify
             running.observe(optimizer, weight, parameter)
+            running.choose(optimizer, weight, parameter)
+            if weight.live is not None:
+                weight.clean_gradient(parameter, running.routing)
             nested = running.is_nested(optimizer, weight)
+        moments, grad = controller.moments, parameter.grad
+        if (
+            moments is not None
+            and grad is not None
+            and not nested
+            and moments.enter(weight.name, grad, weight.backward_count)
+        ):
+            seen.setdefault(controller, []).append((weight.name, grad))
         if _steps_it_itself(optimizer, group, parameter, weight, nested=nested):
             own.append((group, parameter, weight))
         elif running is not None and not nested:
             running.before_step(optimizer, group, weight, parameter)
+    for controller, grads in seen.items():
+        if controller.moments is not None and not skipped_by_scaler(optimizer):
+            controller.moments.observe(grads, factor_of(optimizer, {}))
     if own:
         assert isinstance(optimizer, MaskedOptimizer)
         optimizer.step_masked(own)
@@ -324,12 +341,19 @@ def _finish(optimizer: Optimizer, view: _View, *, final: bool) -> None:
     for _, parameter, weight in view.entries:
         weight.step_count += 1
         controller = weight.controller
+        if controller.moments is not None:
+            controller.moments.leave(weight.name)
+        # in float16 Adam's denominator is 0 where the mean square is: 0 / 0 is NaN
+        is_exact = parameter.dtype != torch.float16
         if controller.phase is Phase.RESU:
             assert controller.resurrection is not None
             controller.resurrection.after_step(weight)
+            held = controller.resurrection.held(weight)
+            if held is not None and final and not (elementwise and is_exact):
+                zero_where_(parameter, held, True)
+                zero_state(optimizer, parameter, held, keep=True)
         elif controller.phase is Phase.SPARSE and final:
-            # in float16 Adam's denominator is 0 where the mean square is: 0 / 0 is NaN
-            if elementwise and parameter.dtype != torch.float16:
+            if elementwise and is_exact:
                 weight.trust_value(parameter)
             else:
                 weight.distrust_value()  # not every optimizer's writes reach the version counter

@@ -14,15 +14,17 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from resu_compile.config import ResurrectionConfig
+from resu_compile.kernels.mask_bits import pack_mask
 from resu_compile.phase import Routing
 from resu_compile.runtime.commit_report import CommitReport
 from resu_compile.runtime.gradient_score import LastGradients
 from resu_compile.runtime.rules import state_names
 from resu_compile.runtime.set_aside import SetAside
 from resu_compile.runtime.theta import Theta
+from resu_compile.sparsity import only_at, topk_mask
 from resu_compile.state import MaskedWeight
 
 
@@ -35,12 +37,17 @@ class Resurrection:
         report: what the commit did, once there was one.
         gradients: those of the last step, if the commit is to score by them.
         resumed: True if it came out of a ``state_dict``.
+        chosen: weight name -> packed mask of the pruned places that hold theta, once
+            ``config.places`` has chosen them.
+        live: weight name -> packed mask of all places that train then.
         score_lost: True if its commit was to use a score function, which no ``state_dict`` holds.
     """
 
     def __init__(self, config: ResurrectionConfig) -> None:
         self.config = config
         self.thetas: dict[str, Theta] = {}
+        self.chosen: dict[str, Tensor] = {}
+        self.live: dict[str, Tensor] = {}
         self.report: CommitReport | None = None
         self.resumed = False
         self.score_lost = False
@@ -70,6 +77,40 @@ class Resurrection:
         if weight.name not in self.thetas:
             self.thetas[weight.name] = Theta(self.config)
         return self.thetas[weight.name]
+
+    def choose(
+        self, optimizer: torch.optim.Optimizer, weight: MaskedWeight, parameter: nn.Parameter
+    ) -> None:
+        """Let the pruned places with the largest |g| hold theta, and no others from here on.
+
+        The first step of the phase computes a dense gradient for it, which several ranks have
+        averaged by then.
+        """
+        share, grad = self.config.places, parameter.grad
+        if share is None or grad is None or weight.name in self.chosen:
+            return
+        if skipped_by_scaler(optimizer):
+            return
+        mask = weight.mask
+        count = min(int(share * weight.nnz), weight.numel - weight.nnz)
+        size = grad.detach().to_dense().abs() if grad.is_sparse else grad.detach().abs()
+        with torch.inference_mode(False):
+            self._keep(weight, pack_mask(topk_mask(only_at(size.to(mask.device), ~mask), count)))
+        weight.forget_clean_gradient()
+
+    def _keep(self, weight: MaskedWeight, chosen: Tensor) -> None:
+        self.chosen[weight.name] = chosen
+        self.live[weight.name] = chosen if self.config.freeze_active else chosen | weight.bits
+
+    def held(self, weight: MaskedWeight) -> Tensor | None:
+        """Packed mask of the places of ``weight`` that are not 0; None if all may be so."""
+        chosen = self.chosen.get(weight.name)
+        return None if chosen is None else chosen.to(weight.bits.device) | weight.bits
+
+    @property
+    def is_choosing(self) -> bool:
+        """Whether the next step needs dense gradients, to choose the places of theta by."""
+        return self.config.places is not None and not self.chosen
 
     # -- around optimizer.step() ---------------------------------------------------------------
     def observe(
@@ -147,6 +188,7 @@ class Resurrection:
             "config": config,
             "gradients": self.gradients.state_dict() if self.gradients else {},
             "states": {name: theta.state_dict() for name, theta in self.thetas.items()},
+            "chosen": {name: bits.clone() for name, bits in self.chosen.items()},
         }
 
     @classmethod
@@ -163,7 +205,13 @@ class Resurrection:
             phase.gradients = LastGradients.from_state_dict(data.get("gradients", {}))
         for name, entry in data["states"].items():
             phase.thetas[name] = Theta.from_state_dict(phase.config, entry)
+        phase.chosen = {name: bits.clone() for name, bits in data.get("chosen", {}).items()}
         return phase
+
+    def attach(self, weights: Mapping[str, MaskedWeight]) -> None:
+        """Take up ``weights``, whose masks were loaded along with this state."""
+        for name, bits in self.chosen.items():
+            self._keep(weights[name], bits.to(weights[name].bits.device))
 
 
 def factor_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float:

@@ -26,6 +26,7 @@ from resu_compile.methods import (
     Resu,
     TrainingMethod,
     get_training_method,
+    is_gradient_method,
     is_training_method,
 )
 from resu_compile.training.densify import Densification, Pause
@@ -59,6 +60,15 @@ class CycleShares:
             raise ArgumentError(
                 "cycle: expected stabilize or resu above 0 (the steps after the pruning), got 0"
             )
+
+
+def _resurrection_all_along() -> CycleShares:
+    return CycleShares(train=0.0, stabilize=0.0, resu=1.0)
+
+
+def _trial() -> ResurrectionConfig:
+    """Theta in a few places, which has to beat the active weights that it displaces."""
+    return ResurrectionConfig(places=0.05, score="saliency", kind="ceiling", margin=0.0)
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,8 @@ class TrainingConfig:
 
     Attributes:
         steps: optimizer steps in all.
-        warmup: share of them that is trained dense before the first cycle, in [0, 1).
+        warmup: share of them that is trained dense before the first cycle, in [0, 1). None is
+            ``default_warmup`` of the final sparsity.
         recovery: share of them after the last cycle, in [0, 1).
         cycles: how often the weights are pruned and resurrected.
         cycle: how the steps of one cycle are divided.
@@ -160,14 +171,14 @@ class TrainingConfig:
     """
 
     steps: int = 5000
-    warmup: float = 0.3
-    recovery: float = 0.25
-    cycles: int = 10
-    cycle: CycleShares = field(default_factory=CycleShares)
+    warmup: float | None = None
+    recovery: float = 0.2
+    cycles: int = 40
+    cycle: CycleShares = field(default_factory=_resurrection_all_along)
     sparsity: float = 0.7
     initial_sparsity: float = 0.0
     schedule: Schedule = "cubic"
-    method: str | AnyMethod | TrainingMethod = "magnitude"
+    method: str | AnyMethod | TrainingMethod = "saliency"
     method_options: Mapping[str, Any] = field(default_factory=dict)
     scope: Literal["layer", "global"] = cast("Any", None)  # settled when built
     distribution: Literal["uniform", "er", "erk"] = cast("Any", None)  # settled when built
@@ -176,9 +187,9 @@ class TrainingConfig:
     pattern: str | None = None
     targets: Names | None = None
     exclude: Names | None = DEFAULT_EXCLUDE
-    resurrection: ResurrectionConfig = field(default_factory=ResurrectionConfig)
-    budget_start: float = 0.02
-    budget_end: float = 0.02
+    resurrection: ResurrectionConfig = field(default_factory=_trial)
+    budget_start: float = 0.05
+    budget_end: float = 0.05
     margin_end: float | None = None
     densify: Densification | None = None
     accumulate: int = 1
@@ -197,8 +208,10 @@ class TrainingConfig:
         settle_method(self)
         for name in ("steps", "cycles", "accumulate", "log_every"):
             check_integer(getattr(self, name), name=name, minimum=1)
-        for name in ("warmup", "recovery", "initial_sparsity"):
+        for name in ("recovery", "initial_sparsity"):
             check_share(getattr(self, name), name=name)
+        if self.warmup is not None:
+            check_share(self.warmup, name="warmup")
         object.__setattr__(self, "sparsity", self.sparsity_config().sparsity)
         self._check_pattern()
         _check_type(self.cycle, CycleShares, "cycle")
@@ -252,7 +265,7 @@ class TrainingConfig:
             object.__setattr__(self, "stats", str(self.stats))
         check_flag(self.compile, name="compile")
         if self.has_cycles:
-            build_plan(self)
+            self._check_plan()
 
     @property
     def has_cycles(self) -> bool:
@@ -264,6 +277,16 @@ class TrainingConfig:
         if is_training_method(self.method):
             return get_training_method(self.method, **self.method_options)  # type: ignore[arg-type]
         return Resu(self.method)  # type: ignore[arg-type]
+
+    def _check_plan(self) -> None:
+        first = build_plan(self)[0]
+        method = self.training_method()
+        assert isinstance(method, Resu)
+        if first.sparsity > 0.0 and is_gradient_method(method.criterion):
+            raise ArgumentError(
+                f"warmup: expected more than 0 with method={method.criterion!r}, which scores by "
+                f"the gradients of dense steps, got {self.warmup!r}; 'magnitude' prunes at once"
+            )
 
     def _check_pattern(self) -> None:
         if self.pattern is None:

@@ -26,7 +26,7 @@ from resu_compile.runtime.commit_report import CommitReport
 from resu_compile.runtime.controller import Controller, ResurrectionPhase, find_controller
 from resu_compile.training.attach import attach, checked_model
 from resu_compile.training.config import TrainingConfig
-from resu_compile.training.data_needs import check_calibration, commit_measures
+from resu_compile.training.data_needs import check_calibration, commit_measures, sees_gradients
 from resu_compile.training.densify import Pause
 from resu_compile.training.distributed import masks_of_first, sync_masks
 from resu_compile.training.plan import (
@@ -160,6 +160,8 @@ class Cycle:
         self._pruned: dict[str, Any] | None = None
         self._found = attach(self.model, config)
         self._required().agree = masks_of_first
+        if sees_gradients(config):
+            self._track_gradients()
 
     # -- where it is ---------------------------------------------------------------------------
     @property
@@ -190,6 +192,20 @@ class Cycle:
                 "cycle cannot go on, build a new one"
             )
         return found
+
+    def _track_gradients(self) -> None:
+        controller = self._required()
+        frozen = [n for n, w in controller.weights.items() if not w.parameter.requires_grad]
+        if frozen:
+            if not self._found:  # what the message advises begins with a plain model
+                controller.release()
+            raise ArgumentError(
+                f"method: expected weights that train with method={self.config.method!r}, which "
+                f"scores by their gradients, but {frozen[0]} has requires_grad=False "
+                f"({len(frozen)} in all); leave them out with exclude=, or choose 'magnitude' as "
+                "method and as resurrection.score"
+            )
+        controller.track_gradients()
 
     # -- going on ------------------------------------------------------------------------------
     def start(self) -> Cycle:
@@ -247,6 +263,7 @@ class Cycle:
         if controller.phase is Phase.RESU:
             self._leave(self.span)
         controller.agree = None
+        controller.forget_gradients()
         if self.config.densify is not None and controller.sparsity == self.config.sparsity == 0.0:
             controller.release()
         return self.model

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from resu_compile.errors import ArgumentError, ArgumentTypeError
-from resu_compile.methods import Resu, is_calibrated
+from resu_compile.methods import Resu, is_calibrated, is_gradient_method
 from resu_compile.training.config import TrainingConfig
 
 
@@ -17,6 +17,12 @@ def commit_measures(config: TrainingConfig) -> bool:
         theta.strategy == "merge" and config.pattern is not None
     )
     return by_method or (scored and theta.score == "wanda")
+
+
+def sees_gradients(config: TrainingConfig) -> bool:
+    """Whether a pruning or a commit scores by mean squares of gradients."""
+    commits = config.cycle.resu > 0.0 and config.resurrection.score == "saliency"
+    return commits or is_gradient_method(config.method)
 
 
 def check_calibration(config: TrainingConfig, calibration: object) -> None:

@@ -150,7 +150,7 @@ class StepCosts:
         self.gradient: dict[str, float] = {}
         self.entries: dict[str, int] = {}
         self._next: dict[str, tuple[float, float]] = {}
-        self._key: tuple[int, int] | None = None
+        self._key: tuple[int, int, bool] | None = None
 
     def prepare(
         self, controller: Controller, gradient_shares: Mapping[str, float] | None = None
@@ -162,13 +162,18 @@ class StepCosts:
             gradient_shares: share of each weight's gradient that the method asks for; None goes by
                 the controller.
         """
-        key = (controller.epoch, id(gradient_shares))
+        running = controller.resurrection
+        choosing = running is not None and running.is_choosing
+        key = (controller.epoch, id(gradient_shares), choosing)
         if key == self._key:
             return
         self._key = key
         sparse, dense = controller.phase is Phase.SPARSE, controller.routing is Routing.ALL
+        extra = 0.0  # places of theta, as a share of the active ones
+        if running is not None and running.config.places is not None:
+            sparse, dense, extra = True, choosing, running.config.places
         for name, weight in controller.weights.items():
-            density = weight.nnz / weight.numel if sparse else 1.0
+            density = min((1.0 + extra) * weight.nnz / weight.numel, 1.0) if sparse else 1.0
             share = 1.0 if dense or not sparse else density
             if gradient_shares is not None:
                 share = gradient_shares[name]

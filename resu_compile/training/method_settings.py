@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from resu_compile.errors import ArgumentError, ArgumentTypeError
 from resu_compile.methods import (
+    AnyMethod,
+    Resu,
     TrainingMethod,
+    is_gradient_method,
     is_training_method,
     method_names,
     training_method_names,
@@ -50,10 +53,11 @@ def settle_method(config: TrainingConfig) -> None:
             f"method_options: expected a mapping from names to settings, got {options!r}"
         )
     _check_method(config.method)
-    scope, distribution = "layer", "uniform"
+    scope, distribution = _scope_of(config.method), "uniform"
     if is_training_method(config.method):
         method = config.training_method()
-        scope, distribution = method.scope, method.distribution
+        distribution = method.distribution
+        scope = _scope_of(method.criterion) if isinstance(method, Resu) else method.scope
         name = name_of(method)
         if name is not None:
             _set(config, "method", name)
@@ -66,10 +70,16 @@ def settle_method(config: TrainingConfig) -> None:
             f"method ({', '.join(training_method_names())}), got {dict(config.method_options)}"
         )
     if config.scope is None:
-        _set(config, "scope", scope if config.pattern is None else "layer")
+        spread = config.pattern is None and config.distribution in (None, "uniform")
+        _set(config, "scope", scope if spread else "layer")
     if config.distribution is None:
         alone = config.scope == "layer" and config.pattern is None
         _set(config, "distribution", distribution if alone else "uniform")
+
+
+def _scope_of(method: str | AnyMethod | TrainingMethod) -> Literal["layer", "global"]:
+    """Where a pruning method ranks best: scores in units of the loss compare over all layers."""
+    return "global" if is_gradient_method(method) else "layer"
 
 
 def _check_method(method: object) -> None:

@@ -60,6 +60,17 @@ class Span:
 Plan = tuple[Span, ...]
 
 
+def default_warmup(sparsity: float) -> float:
+    """Share of dense training before the first cycle: ``4/3 (1 - s)``, between 0.1 and 0.4.
+
+    The sparser the goal, the earlier the ramp has to begin (docs/training.md has the numbers).
+
+    Args:
+        sparsity: after the last cycle.
+    """
+    return min(max(4.0 / 3.0 * (1.0 - sparsity), 0.1), 0.4)
+
+
 def cycle_sparsities(config: TrainingConfig) -> tuple[float, ...]:
     """The sparsity that each cycle of ``config`` ends with."""
     if config.densify is not None:
@@ -103,7 +114,8 @@ def build_plan(config: TrainingConfig) -> Plan:
     Raises:
         ArgumentError: there are fewer steps than stages.
     """
-    warm = _at_least_one(config.steps, config.warmup)
+    share = default_warmup(config.sparsity) if config.warmup is None else config.warmup
+    warm = _at_least_one(config.steps, share)
     tail = _at_least_one(config.steps, config.recovery)
     shares = config.cycle
     parts = [

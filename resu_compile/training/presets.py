@@ -14,7 +14,7 @@ from typing import Any
 
 from resu_compile.config import ResurrectionConfig
 from resu_compile.errors import check_choice, check_known_keys
-from resu_compile.training.config import TrainingConfig
+from resu_compile.training.config import CycleShares, TrainingConfig
 from resu_compile.training.densify import Densification, Pause
 
 
@@ -25,6 +25,8 @@ def _published(cycles: int = 5, steps: int = 1000, **changes: Any) -> dict[str, 
         "steps": cycles * steps,
         "warmup": 0.0,
         "recovery": 0.0,
+        "cycle": CycleShares(),
+        "method": "magnitude",
         "sparsity": 0.7,
         "schedule": "linear",
         "budget_start": 0.10,

@@ -14,14 +14,15 @@ chance, and ``recovered`` is not defined. Gradual is the plan of the RESU run wi
 nothing is judged by it, but RESU is only worth its while where it is better.
 
 The checks fail if a RESU run resurrected nothing, if a weight holds another number of entries than
-``keep_count`` says, after a commit or at the end, or if ``recovered`` is at most one half.
+``keep_count`` says (all weights together, if their scores are ranked together), after a commit or
+at the end, or if ``recovered`` is at most one half.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,8 @@ class VerifyConfig:
         seeds: how many: 0, 1, ...; recovery is judged from two on.
         size: of the tasks, ``"small"`` or ``"large"``.
         device: ``"cpu"`` or ``"cuda"``.
-        quick: few steps, in which nothing is learned: counts and resurrections alone are judged.
+        quick: few steps, in which nothing is learned: counts and resurrections alone are judged,
+            with a quota for these.
         compile: compile the models.
         preset: of RESU's plan, one of ``PRESETS`` whose sparsity rises.
     """
@@ -281,6 +283,8 @@ def run_method(
         compile=config.compile,
         autocast="bfloat16" if task.training.autocast else None,
     )
+    if config.quick:  # who has trained for a few steps seldom beats a ceiling
+        training = replace(training, resurrection=replace(training.resurrection, kind="quota"))
     made = adapt_demo_task(task, steps=steps, seed=seed)
     witness = Witness()
     trainer = Trainer(
@@ -333,27 +337,54 @@ class Witness(Callback):
         self.ever_pruned.record(controller)
         # a pruning is told in the span that it begins, a commit in the one that it ends
         target = cycle.sparsities[cycle.span.cycle]
-        self.problems += report_problems(report, target, step=cycle.step_index)
+        scope = cycle.config.scope
+        self.problems += report_problems(report, target, step=cycle.step_index, scope=scope)
 
 
-def report_problems(report: CommitReport, sparsity: float, *, step: int) -> list[str]:
-    """One sentence for each weight that a commit or pruning left with a wrong number of entries."""
+def report_problems(
+    report: CommitReport, sparsity: float, *, step: int, scope: str = "layer"
+) -> list[str]:
+    """One sentence for each wrong number of entries that a commit or pruning left.
+
+    Args:
+        report: what the commit or the pruning left.
+        sparsity: that it was to leave.
+        step: optimizer steps done.
+        scope: ``"layer"``, where each weight has its number, or ``"global"``: all have one.
+    """
+    counts = {name: (found.total, found.active) for name, found in report.weights.items()}
     return [
-        f"{name}: expected {expected} active entries of {counts.total} after step {step}, "
-        f"got {counts.active}"
-        for name, counts in report.weights.items()
-        if counts.active != (expected := keep_count(counts.total, sparsity))
+        f"{name}: expected {expected} active entries of {total} after step {step}, got {active}"
+        for name, total, active, expected in _wrong_counts(counts, sparsity, scope)
     ]
+
+
+def _wrong_counts(
+    counts: Mapping[str, tuple[int, int]], sparsity: float, scope: str
+) -> Iterator[tuple[str, int, int, int]]:
+    """Name, entries, active entries and how many there should be, where that is another number."""
+    if scope == "global":
+        counts = {"all weights": (_total(counts, 0), _total(counts, 1))}
+    for name, (total, active) in counts.items():
+        expected = keep_count(total, sparsity)
+        if active != expected:
+            yield name, total, active, expected
+
+
+def _total(counts: Mapping[str, tuple[int, int]], which: int) -> int:
+    return sum(pair[which] for pair in counts.values())
 
 
 def count_problems(controller: Controller, sparsity: float) -> list[str]:
     """One sentence for each weight whose mask or values are off at the end."""
-    found = []
+    masks, scope = controller.masks, controller.config.scope
+    counts = {name: (mask.numel(), int(mask.sum())) for name, mask in masks.items()}
+    found = [
+        f"{name}: expected {expected} active entries, got {active}"
+        for name, _, active, expected in _wrong_counts(counts, sparsity, scope)
+    ]
     parameters = dict(controller.model.named_parameters())
-    for name, mask in controller.masks.items():
-        expected, active = keep_count(mask.numel(), sparsity), int(mask.sum())
-        if active != expected:
-            found.append(f"{name}: expected {expected} active entries, got {active}")
+    for name, mask in masks.items():
         weight = parameters[name].detach()
         stray = int(((weight != 0) & ~mask.to(weight.device)).sum())
         if stray:

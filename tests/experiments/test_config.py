@@ -157,8 +157,8 @@ def test_dense_has_a_mask_of_ones():
 
 
 def test_settings_of_a_trial_that_do_not_go_together(make_config):
-    """Eight cycles have room in 40 steps, but not after a warm-up of 16."""
-    search = {"training.cycles": [8], "training.warmup": [0.4]}
+    """Twenty cycles have room in 40 steps, but not after a warm-up of 16."""
+    search = {"training.cycles": [20], "training.warmup": [0.4]}
     config = make_config(
         methods=[{"name": "resu", "training": {"cycles": 2, "warmup": 0.1}, "search": search}],
         task={"steps": 40},

@@ -97,10 +97,11 @@ def test_growth_is_for_a_quota():
 def test_growth_by_theta_on_the_schedule_of_rigl():
     """Constant sparsity, a quota and short cycles: the smallest go, the largest theta come."""
     config = TrainingConfig(
-        method="resu",
+        method=Resu("magnitude"),
         schedule="constant",
         warmup=0.0,
         cycle=CycleShares(0.0, 0.0, 1.0),
+        resurrection=ResurrectionConfig(),
         budget_start=0.3,
         budget_end=0.05,
         **CYCLES,

@@ -36,8 +36,8 @@ def test_one_score_is_alive_at_a_time(pattern, monkeypatch):
     alive: list[int] = []
     score = allocation._score
 
-    def counted(*args):
-        found = score(*args).clone()
+    def counted(*args, **kwargs):
+        found = score(*args, **kwargs).clone()
         alive.append(1)
         weakref.finalize(found, alive.pop)
         assert len(alive) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from resu_compile.config import ResurrectionConfig
 from resu_compile.training import CycleShares, Trainer, TrainingConfig
 
 
@@ -29,7 +30,10 @@ def loss_fn(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch
 
 
 def config(**changes: object) -> TrainingConfig:
-    """40 steps: 4 of warm-up, three cycles of 9 (5 train, 2 stabilize, 2 resu), 9 of recovery."""
+    """40 steps: 4 of warm-up, three cycles of 9 (5 train, 2 stabilize, 2 resu), 9 of recovery.
+
+    By magnitude, with theta in every pruned place and a quota for it.
+    """
     values: dict[str, object] = {
         "steps": 40,
         "warmup": 0.1,
@@ -37,6 +41,8 @@ def config(**changes: object) -> TrainingConfig:
         "cycles": 3,
         "cycle": CycleShares(5, 2, 2),
         "sparsity": 0.75,
+        "method": "magnitude",
+        "resurrection": ResurrectionConfig(),
         "schedule": "linear",
         "budget_start": 0.3,
         "budget_end": 0.1,

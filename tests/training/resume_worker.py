@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from resu_compile.config import ResurrectionConfig
-from resu_compile.training import CheckpointConfig, Trainer, TrainingConfig
+from resu_compile.training import CheckpointConfig, CycleShares, Trainer, TrainingConfig
 from resu_compile.training.callbacks import Callback
 from resu_compile.training.checkpoint import latest_checkpoint, load_checkpoint
 from resu_compile.training.plan import Stage, build_plan
@@ -43,6 +43,7 @@ def make_config(folder: Path) -> TrainingConfig:
         warmup=0.1,
         recovery=0.2,
         cycles=3,
+        cycle=CycleShares(),
         sparsity=0.8,
         resurrection=ResurrectionConfig(init="normal"),  # draws from the controller's generator
         budget_start=0.3,

@@ -19,7 +19,9 @@ from resu_compile.training import (
     Densification,
     EarlyStop,
     Pause,
+    Stage,
     TrainingConfig,
+    build_plan,
     preset,
 )
 from tests.training.models import config
@@ -56,11 +58,13 @@ def test_published_presets_have_the_published_numbers(
 def test_the_default_preset_warms_up_recovers_and_trains_theta_beside_the_rest():
     found = preset("default")
     assert found == TrainingConfig()
-    assert found.warmup > 0
+    assert build_plan(found)[0].stage is Stage.WARMUP
     assert found.recovery > 0
     assert found.schedule == "cubic"
+    assert (found.method, found.scope) == ("saliency", "global")
     theta = found.resurrection
     assert (theta.rule, theta.init, theta.freeze_active) == ("optimizer", "zero", False)
+    assert (theta.places, theta.kind, theta.score) == (0.2, "ceiling", "saliency")
 
 
 def test_the_densification_preset_steps_down_and_pauses():

@@ -331,7 +331,7 @@ def test_a_method_goes_through_files(tmp_path):
         ({"method": "rigl", "cycles": 3}, "^cycles: expected no value with method='rigl'"),
         ({"method": "rigl", "warmup": 0.1}, "^warmup: expected no value"),
         ({"method": "rigl", "method_options": {"alpha": 0.3}}, "^unknown option of rigl 'alpha'"),
-        ({"method_options": {"every": 3}}, "^method_options: expected none with method='magni"),
+        ({"method_options": {"every": 3}}, "^method_options: expected none with method='salie"),
         ({"method": "rgl"}, "^method: unknown method 'rgl'"),
     ],
 )

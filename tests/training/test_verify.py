@@ -205,7 +205,7 @@ def test_plans_are_fair():
     published = method_config("resu", steps=600, sparsity=0.7, seed=0, base="published")
     assert published.resurrection.freeze_active
     assert published.warmup == 0.0
-    ends = [(s.start, s.sparsity) for s in plans["resu"] if s.stage is Stage.STABILIZE]
+    ends = [(s.start, s.sparsity) for s in plans["resu"] if s.stage is Stage.RESU]
     assert [(s.start, s.sparsity) for s in plans["gradual"] if s.stage is Stage.STABILIZE] == ends
     assert not any(span.stage is Stage.RESU for m in ("gradual", "one_shot") for span in plans[m])
 

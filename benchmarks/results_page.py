@@ -1,0 +1,141 @@
+"""Tables and pictures of docs/results.md, made from the records of experiments.
+
+    resu-compile experiment examples/evidence_bytes.yaml
+    python -m benchmarks.results_page --take runs/evidence_bytes/results.jsonl evidence_bytes
+    python -m benchmarks.results_page                 # write the tables anew
+    python -m benchmarks.results_page --check         # 1 where the page is not up to date
+
+``--take`` keeps the records in ``benchmarks/results/NAME.jsonl``, without what the config file and
+the settings say already. A table stands between ``<!-- begin NAME:PART -->`` and its end;
+``PARTS`` names the parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from resu_compile.experiments.records import by_key, read_records
+from resu_compile.experiments.report import (
+    cost_rows,
+    difference_rows,
+    markdown_table,
+    metric_rows,
+    notes_on,
+    setting_rows,
+)
+from resu_compile.experiments.report_plots import draw_groups
+from resu_compile.experiments.table import Group, group_runs
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "results.md"
+RESULTS = Path(__file__).parent / "results"
+PLOTS = ROOT / "docs" / "plots"
+METHOD = "resu"
+LEFT_OUT = ("training", "densities")
+
+REGION = re.compile(r"<!-- begin (?P<name>\S+) -->\n.*?<!-- end (?P=name) -->", re.DOTALL)
+
+
+# -- parts of the page -------------------------------------------------------------------------
+def _each(groups: Sequence[Group], table: Callable[[Group], str]) -> str:
+    shown = [(group, table(group)) for group in groups]
+    if len(shown) == 1:
+        return shown[0][1]
+    return "\n\n".join(f"**{group.title}**\n\n{text}" for group, text in shown)
+
+
+def scores(name: str) -> str:
+    """Mean and interval of each method."""
+    return _each(_groups(name), lambda group: markdown_table(metric_rows(group)))
+
+
+def pairs(name: str) -> str:
+    """RESU against each rival over the same seeds."""
+    return _each(_groups(name), lambda group: markdown_table(difference_rows(group, METHOD)))
+
+
+def costs(name: str) -> str:
+    """Steps, FLOPs and churn."""
+    return _each(_groups(name), lambda group: markdown_table(cost_rows(group)))
+
+
+def settings(name: str) -> str:
+    """What the trials chose."""
+    return _each(_groups(name), lambda group: markdown_table(setting_rows(group)))
+
+
+def notes(name: str) -> str:
+    """Trials, failures, machines and versions."""
+    return "\n".join(notes_on(_groups(name), _records(name)))
+
+
+def pictures(name: str) -> str:
+    """The metric over sparsity and over training FLOPs."""
+    made = draw_groups(_groups(name), PLOTS, highlight=METHOD)
+    return "\n\n".join(f"![{path.stem}](plots/{path.name})" for path in made)
+
+
+PARTS: dict[str, Callable[[str], str]] = {
+    "scores": scores,
+    "pairs": pairs,
+    "costs": costs,
+    "settings": settings,
+    "notes": notes,
+    "pictures": pictures,
+}
+
+
+# -- records -----------------------------------------------------------------------------------
+def _records(name: str) -> list[dict[str, object]]:
+    return read_records(RESULTS / f"{name}.jsonl")
+
+
+def _groups(name: str) -> list[Group]:
+    return group_runs(_records(name))
+
+
+def take(path: Path, name: str) -> Path:
+    """Keep the records of ``path`` under ``name``, the newest of each cell."""
+    target = RESULTS / f"{name}.jsonl"
+    kept = [
+        {key: value for key, value in record.items() if key not in LEFT_OUT}
+        for record in by_key(read_records(path)).values()
+    ]
+    target.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    return target
+
+
+def filled(text: str) -> str:
+    """``text`` with each of its regions made anew."""
+
+    def region(found: re.Match[str]) -> str:
+        name, _, part = found["name"].partition(":")
+        return f"<!-- begin {found['name']} -->\n{PARTS[part](name)}\n<!-- end {found['name']} -->"
+
+    return REGION.sub(region, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--take", nargs=2, metavar=("RESULTS", "NAME"))
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if it would change")
+    args = parser.parse_args(arguments)
+    if args.take:
+        print(take(Path(args.take[0]), args.take[1]))
+    before = PAGE.read_text(encoding="utf-8")
+    after = filled(before)
+    if args.check:
+        return int(before != after)
+    PAGE.write_text(after, encoding="utf-8")
+    print(f"{PAGE}: {len(REGION.findall(after))} regions")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
