@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from resu_compile.experiments.records import read_records
 from resu_compile.experiments.runner import describe
 from resu_compile.experiments.settings import training_config
 from resu_compile.methods import training_method_names
+from resu_compile.training import Stage, TrainingConfig, build_plan
 from tests.experiments.conftest import TASK
 
 ROOT = Path(__file__).parent.parent.parent
@@ -238,6 +240,25 @@ def test_equal_flops_are_spent(make_config, method):
     assert record["flops"]["training"] == pytest.approx(1.0, abs=0.03)
     share = record["flops"]["share_of_dense_step"]
     assert record["flops"]["training"] == pytest.approx(share * record["steps"] / 60)
+
+
+def test_rehearsal_counts_theta_in_a_few_places():
+    """Of each RESU stage one step computes dense gradients, and all hold the places of theta."""
+    options = {"compile": False, "cycles": 3, "sparsity": 0.75, "warmup": 0.1}
+    config = TrainingConfig(steps=60, scope="layer", **options)
+    plan = build_plan(config)
+    found = rehearse(make_task(TASK, steps=60, seed=0), config)
+    spent = 0.0
+    for span in plan:
+        density = 1.0 - span.sparsity
+        if span.stage is Stage.RESU:
+            density = min(1.2 * density, 1.0)
+            spent += 1.0 - density  # the gradient of its first step
+        spent += span.steps * 3 * density
+    assert found == pytest.approx(spent / 180, rel=0.002)
+    anywhere = rehearse(make_task(TASK, steps=60, seed=0), replace(config, scope="global"))
+    # no more than all places of a layer train, however much of it is active
+    assert 0.9 * found < anywhere < found
 
 
 def test_steps_are_capped():

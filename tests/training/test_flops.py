@@ -10,7 +10,7 @@ import resu_compile as resu
 from resu_compile.errors import ArgumentError
 from resu_compile.training import count_flops
 from resu_compile.training.flops import StepCosts, inference_share
-from tests.methods.runs import drive, make_batches, make_model, make_run
+from tests.methods.runs import drive, loss_of, make_batches, make_model, make_run
 
 
 def test_matrices_by_hand():
@@ -112,6 +112,49 @@ def test_what_stays_dense_counts():
     expected = (0.25 * 128 + 64) / (128 + 64)
     assert run.stats(flops).training_flops == pytest.approx(expected)
     assert inference_share(run.controller, flops) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_theta_in_a_few_places_is_sparse_but_for_the_step_that_chooses(freeze):
+    """Density (1 + places) d in each product, and one dense gradient a phase."""
+    model = resu.sparsify(make_model(), 0.75, compile=False)
+    controller = resu.controller(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    costs, steps, density = StepCosts(), 5, 0.25 * 1.2
+    controller.resurrect(places=0.2, freeze_active=freeze).__enter__()
+    for _ in range(steps):
+        costs.prepare(controller)
+        costs.prepare(controller)  # what has not changed is not counted twice
+        loss_of(model, make_batches()[0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        costs.count()
+    spent = (2 * density + 1) + (steps - 1) * 3 * density
+    assert costs.training_share() == pytest.approx(spent / (3 * steps))
+    controller.commit()
+    costs.prepare(controller)
+    costs.count()
+    assert costs.training_share() == pytest.approx((spent + 3 * 0.25) / (3 * steps + 3))
+
+
+def test_no_more_places_than_there_are():
+    model = resu.sparsify(make_model(), 0.25, compile=False)
+    controller = resu.controller(model)
+    controller.resurrect(places=10.0).__enter__()
+    costs = StepCosts()
+    costs.prepare(controller)
+    costs.count()
+    assert costs.training_share() == 1.0
+
+
+def test_theta_in_all_places_is_dense():
+    model = resu.sparsify(make_model(), 0.75, compile=False)
+    controller = resu.controller(model)
+    controller.resurrect().__enter__()
+    costs = StepCosts()
+    costs.prepare(controller)
+    costs.count()
+    assert costs.training_share() == 1.0
 
 
 def test_nothing_yet():

@@ -19,7 +19,12 @@ from resu_compile.training import (
     build_plan,
     preset,
 )
-from resu_compile.training.plan import cycle_budgets, cycle_margins, cycle_sparsities
+from resu_compile.training.plan import (
+    cycle_budgets,
+    cycle_margins,
+    cycle_sparsities,
+    default_warmup,
+)
 from resu_compile.training.schedules import SHAPES
 from tests.training.models import config
 
@@ -98,6 +103,19 @@ def test_too_few_steps_are_refused_with_the_number_that_is_needed():
     with pytest.raises(ArgumentError, match=r"steps: expected at least 17 for 5 cycles of 3 stage"):
         TrainingConfig(steps=16, warmup=0.05, recovery=0.05, cycles=5, cycle=CycleShares())
     TrainingConfig(steps=17, warmup=0.05, recovery=0.05, cycles=5, cycle=CycleShares())
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "share"),
+    [(0.0, 0.4), (0.5, 0.4), (0.7, 0.4), (0.85, 0.2), (0.9, 0.4 / 3), (0.95, 0.1), (0.99, 0.1)],
+)
+def test_the_sparser_the_goal_the_shorter_the_default_warm_up(sparsity, share):
+    assert default_warmup(sparsity) == pytest.approx(share)
+    plan = build_plan(TrainingConfig(steps=3000, sparsity=sparsity))
+    assert plan[0].stage is Stage.WARMUP
+    assert plan[0].stop == round(3000 * share)
+    given = TrainingConfig(steps=3000, sparsity=sparsity, warmup=0.25)
+    assert build_plan(given)[0].stop == 750
 
 
 # -- schedules ---------------------------------------------------------------------------------
