@@ -158,7 +158,13 @@ RULES = {
     "compact frozen": {"rule": "momentum", "storage": "compact", "freeze_active": True},
     "gradient score": {"score": "gradient", "kind": "ceiling"},
     "reprune": {"strategy": "reprune"},
+    "places": {"places": 0.4},
+    "places adam": {"places": 0.4, "rule": "adam"},
+    "places frozen": {"places": 0.4, "rule": "optimizer", "freeze_active": True},
+    "places compact": {"places": 0.4, "rule": "momentum", "storage": "compact"},
+    "saliency score": {"score": "saliency"},
 }
+TRIAL = ResurrectionConfig(places=0.4, score="saliency", kind="ceiling")
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -167,7 +173,7 @@ def test_rules(rule):
 
 
 @pytest.mark.parametrize("optimizer", ["own adamw", "own adamw active"])
-@pytest.mark.parametrize("rule", ["adam", "selective", "compact"])
+@pytest.mark.parametrize("rule", ["adam", "selective", "compact", "places", "places adam"])
 def test_rules_in_the_pass_of_the_optimizer(optimizer, rule):
     check_resumes(optimizer, resurrection=ResurrectionConfig(**RULES[rule]))
 
@@ -175,6 +181,8 @@ def test_rules_in_the_pass_of_the_optimizer(optimizer, rule):
 PLANS = {
     "random": {"method": "random"},
     "global": {"scope": "global", "overrides": {}},
+    "saliency": {"method": "saliency"},
+    "saliency and places": {"method": "saliency", "resurrection": TRIAL},
     "accumulate": {"accumulate": 3, "clip_norm": 0.5},
     "gradual": {"initial_sparsity": 0.3, "warmup": 0.0},
     "early stop": {
