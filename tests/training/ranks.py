@@ -34,6 +34,10 @@ from tests.training.models import adamw, config, loss_fn, make_batches, make_mod
 
 DOCS = Path(__file__).parents[2] / "docs" / "training.md"
 STEPS_OF_SAVED = 12  # in a RESU span
+PLACES = {
+    "method": "saliency",
+    "resurrection": ResurrectionConfig(places=0.4, score="saliency"),
+}
 
 
 def main(rank: int, port: int, folder: str) -> None:
@@ -46,6 +50,7 @@ def main(rank: int, port: int, folder: str) -> None:
     found = {
         "wrapped": averaged(rank, give_wrapper=True),
         "closure": averaged(rank, give_wrapper=False),
+        "places": averaged(rank, give_wrapper=True, **PLACES),
         "resumed": resumed(rank, root),
         "wanda": calibrated(rank, method="wanda"),
         "wanda++": calibrated(rank, method="wanda++"),
@@ -81,7 +86,7 @@ def resurrections(result: TrainingResult) -> list[int]:
 
 
 # -- runs --------------------------------------------------------------------------------------
-def averaged(rank: int, *, give_wrapper: bool) -> dict[str, object]:
+def averaged(rank: int, *, give_wrapper: bool, **changes: object) -> dict[str, object]:
     """Two batches a step on each rank; the reductions are counted."""
     model = make_model()
     ddp = DistributedDataParallel(model)
@@ -94,7 +99,7 @@ def averaged(rank: int, *, give_wrapper: bool) -> dict[str, object]:
 
     ddp.register_comm_hook(None, count)
     given, loss = (ddp, loss_fn) if give_wrapper else (model, lambda _, batch: loss_fn(ddp, batch))
-    trainer = Trainer(given, adamw(model), loss, config(accumulate=2))
+    trainer = Trainer(given, adamw(model), loss, config(accumulate=2, **changes))
     result = trainer.fit(own_batches(rank))
     losses = [record["loss"] for record in result.stats if record["event"] == "step"]
     return {
