@@ -210,13 +210,13 @@ class Feedforward(nn.Module):
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
 
-def test_what_inductor_makes_around_products(monkeypatch):
+def test_what_inductor_makes_around_products():
     """No kernel more than around dense ones: the parts of a merged product are not copied out."""
     from torch._inductor.utils import run_and_get_code
 
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     model = resu.sparsify(Feedforward(), 0.5, sparse_threshold=0.0)
-    with torch.no_grad():
+    # monkeypatch would take the setting away for good
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
         out, (code,) = run_and_get_code(model, X)
     call = code[code.index("def call(") :]
     assert call.count("resu_compile.sparse_linear.default(") == 2
