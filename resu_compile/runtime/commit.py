@@ -20,6 +20,7 @@ from torch import Tensor
 from resu_compile.comparison import RowLayout, parse_pattern
 from resu_compile.config import ResurrectionConfig, SparsityConfig
 from resu_compile.errors import ArgumentError
+from resu_compile.kernels.mask_bits import unpack_mask
 from resu_compile.methods.saliency import Saliency
 from resu_compile.patterns import committed_layout
 from resu_compile.runtime.allocation import fixed_counts, new_masks
@@ -29,6 +30,7 @@ from resu_compile.runtime.tournament import amnesty_mask, ceiling_mask
 
 if TYPE_CHECKING:
     from resu_compile.runtime.controller import Controller
+    from resu_compile.state import MaskedWeight
 
 Score = Callable[[str, Tensor], Tensor]
 
@@ -80,7 +82,8 @@ def commit_masks(
     for name, weight in weights.items():
         merit = _merit(score, name, weight.parameter.detach(), terms)
         merit = merit.to(weight.bits.device, torch.promote_types(merit.dtype, torch.float32))
-        n_resurrected = int(terms.budget * counts[name])
+        merit = _of_contenders(controller, weight, merit)
+        n_resurrected = _most(controller, weight, int(terms.budget * counts[name]))
         if terms.kind == "ceiling":
             masks[name] = ceiling_mask(
                 merit, weight.mask, counts[name], n_resurrected, terms.margin
@@ -88,6 +91,25 @@ def commit_masks(
         else:
             masks[name] = amnesty_mask(merit, weight.mask, counts[name], n_resurrected)
     return masks
+
+
+def _of_contenders(controller: Controller, weight: MaskedWeight, merit: Tensor) -> Tensor:
+    """``merit``, but last of all at the places that were not chosen to hold theta."""
+    running = controller.resurrection
+    if running is None or running.config.places is None:
+        return merit
+    held = running.held(weight)
+    places = weight.mask if held is None else unpack_mask(held, weight.shape)
+    last = -0.25 * torch.finfo(merit.dtype).max  # finite, and so are its differences
+    return torch.where(places, merit, last)
+
+
+def _most(controller: Controller, weight: MaskedWeight, budget: int) -> int:
+    """``budget``, or the number of places that hold theta if those are fewer."""
+    running = controller.resurrection
+    if running is None or running.config.places is None:
+        return budget
+    return min(budget, running.contenders(weight))
 
 
 def _pattern_masks(
@@ -105,13 +127,14 @@ def _pattern_masks(
     for name, weight in controller.weights.items():
         merit = _merit(score, name, weight.parameter.detach(), terms)
         merit = merit.to(weight.bits.device, torch.promote_types(merit.dtype, torch.float32))
+        merit = _of_contenders(controller, weight, merit)
         n_keep = weight.numel // pattern.group * pattern.keep
         masks[name] = pattern_tournament(
             merit,
             weight.mask,
             layouts[name],
             pattern,
-            int(terms.budget * n_keep),
+            _most(controller, weight, int(terms.budget * n_keep)),
             ceiling=terms.kind == "ceiling",
             margin=terms.margin,
         )

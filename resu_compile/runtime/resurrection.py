@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from resu_compile.config import ResurrectionConfig
-from resu_compile.kernels.mask_bits import pack_mask
+from resu_compile.kernels.mask_bits import pack_mask, unpack_mask
 from resu_compile.phase import Routing
 from resu_compile.runtime.commit_report import CommitReport
 from resu_compile.runtime.gradient_score import LastGradients
@@ -106,6 +106,11 @@ class Resurrection:
         """Packed mask of the places of ``weight`` that are not 0; None if all may be so."""
         chosen = self.chosen.get(weight.name)
         return None if chosen is None else chosen.to(weight.bits.device) | weight.bits
+
+    def contenders(self, weight: MaskedWeight) -> int:
+        """How many places of ``weight`` were chosen to hold theta."""
+        chosen = self.chosen.get(weight.name)
+        return 0 if chosen is None else int(unpack_mask(chosen, weight.shape).sum())
 
     @property
     def is_choosing(self) -> bool:

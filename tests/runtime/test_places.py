@@ -400,6 +400,55 @@ def test_only_the_chosen_can_come_back(kind, score):
         assert (model.get_parameter(name).grad[~mask] == 0).all()
 
 
+@pytest.mark.parametrize("kind", ["quota", "ceiling"])
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_a_budget_beyond_the_places_is_not_filled_with_others(kind, pattern):
+    torch.manual_seed(0)
+    model = nn.Linear(16, 8)
+    prune = {"sparsity": 0.5} if pattern is None else {"pattern": pattern}
+    resu.sparsify(model, **prune, method="random", compile=False)
+    controller = resu.controller(model)
+    mask = controller.masks["weight"]
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    controller.resurrect(places=0.1, kind=kind, budget=0.9).__enter__()
+    for seed in range(9):
+        optimizer.zero_grad()
+        x = torch.randn(4, 16, generator=torch.Generator().manual_seed(seed))
+        (model(x) - 3.0).square().mean().backward()
+        optimizer.step()
+    chosen = chosen_of(controller)["weight"]
+    assert int(chosen.sum()) == 6
+    controller.commit()
+    back = controller.masks["weight"] & ~mask
+    assert back.any()
+    assert not (back & ~chosen).any()
+    assert int(controller.masks["weight"].sum()) == 64
+    if kind == "quota" and pattern is None:
+        assert torch.equal(back, chosen)
+
+
+@pytest.mark.parametrize("kind", ["quota", "ceiling"])
+def test_a_score_function_does_not_let_others_in(kind):
+    model = sparse()
+    optimizer = optim.SGD(model.parameters(), lr=0.05)
+    controller = begin(model, kind=kind, budget=0.25, score=lambda _, weight: -weight.abs())
+    masks = controller.masks
+    step(model, optimizer, 0)
+    chosen = chosen_of(controller)
+    report = controller.commit()
+    assert report.resurrected > 0
+    for name, mask in controller.masks.items():
+        assert not (mask & ~masks[name] & ~chosen[name]).any()
+
+
+def test_a_phase_without_a_step_brings_nobody_back():
+    model = sparse()
+    controller = begin(model, budget=0.5)
+    masks = controller.masks
+    controller.commit()
+    assert all(torch.equal(mask, masks[name]) for name, mask in controller.masks.items())
+
+
 @pytest.mark.parametrize("freeze", [True, False])
 def test_abandoned_theta_leaves_zeros_and_a_later_phase_chooses_anew(freeze):
     model = sparse()
