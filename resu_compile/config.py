@@ -312,7 +312,8 @@ class ResurrectionConfig:
             raise ArgumentError(
                 "places: expected None unless theta starts from zero and moves by another rule "
                 "than 'selective' and 'subset', which choose places of their own, got "
-                f"places={self.places!r} with init={self.init!r} and rule={self.rule!r}"
+                f"places={self.places!r} with init={self.init!r} and rule={self.rule!r}; set "
+                "places=None ('places: null' in a file), or init='zero' and another rule"
             )
 
     def _settle_freeze(self) -> None:
@@ -330,7 +331,7 @@ class ResurrectionConfig:
         if self.rule == "optimizer" and self.lr is not None:
             raise ArgumentError(
                 f"lr: expected None with rule='optimizer' (the optimizer has its own), "
-                f"got {self.lr!r}"
+                f"got {self.lr!r}; set lr=None ('lr: null' in a file), or rule='adam'"
             )
         if self.rule == "optimizer" and self.storage == "compact":
             raise ArgumentError(
@@ -353,7 +354,7 @@ def check_commit(
         raise ArgumentError(
             "score: expected another one than 'growth' unless strategy='amnesty' and kind='quota', "
             "because it measures active and pruned in different units, got "
-            f"strategy={strategy!r} and kind={kind!r}"
+            f"strategy={strategy!r} and kind={kind!r}; set these two, or another score"
         )
 
 

@@ -82,7 +82,7 @@ def _trials(
             sparsity=sparsity,
             seed=tuning.seed,
             options=method.options,
-            training={**config.training, **method.training},
+            training=config.training_of(method),
             settings=changes,
         ).describe()
 

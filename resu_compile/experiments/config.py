@@ -211,9 +211,20 @@ class ExperimentConfig:
             sparsity=sparsity,
             seed=0,
             options=method.options,
-            training={**self.training, **method.training},
+            training=self.training_of(method),
             settings=settings,
         )
+
+    def training_of(self, method: MethodSpec) -> dict[str, Any]:
+        """The fields of ``TrainingConfig`` that are set for ``method``: its own over those of all.
+
+        Where both have a mapping ``resurrection``, the method's changes the fields that it names.
+        """
+        found = {**self.training, **method.training}
+        shared, own = (t.get("resurrection") for t in (self.training, method.training))
+        if isinstance(shared, Mapping) and isinstance(own, Mapping):
+            found["resurrection"] = {**shared, **own}
+        return found
 
     @property
     def results(self) -> Path:

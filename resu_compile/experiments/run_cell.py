@@ -57,7 +57,7 @@ def cell_training(
         sparsity=cell.sparsity,
         seed=cell.seed,
         options=cell.method.options,
-        training={**config.training, **cell.method.training},
+        training=config.training_of(cell.method),
         settings=settings,
     )
 
@@ -79,7 +79,7 @@ def run_cell(
     where = device or str(cell.task.options.get("device", "cpu"))
     index = torch.device(where).index if where.startswith("cuda:") else None
     on_device = nullcontext() if index is None else torch.cuda.device(index)
-    training = {**config.training, **cell.method.training}
+    training = config.training_of(cell.method)
     masked = [training.get(name) for name in ("targets", "exclude")]
     with on_device, _COMPILED.of(repr([cell.task, masked, where])):
         return _run_cell(cell, config, settings, device)

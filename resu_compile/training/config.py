@@ -66,9 +66,12 @@ def _resurrection_all_along() -> CycleShares:
     return CycleShares(train=0.0, stabilize=0.0, resu=1.0)
 
 
+# theta in a few places, which has to beat the active weights that it displaces
+TRIAL: Mapping[str, Any] = {"places": 0.05, "score": "saliency", "kind": "ceiling"}
+
+
 def _trial() -> ResurrectionConfig:
-    """Theta in a few places, which has to beat the active weights that it displaces."""
-    return ResurrectionConfig(places=0.05, score="saliency", kind="ceiling", margin=0.0)
+    return ResurrectionConfig(**TRIAL)
 
 
 @dataclass(frozen=True)
@@ -349,7 +352,9 @@ class TrainingConfig:
 
         Args:
             data: field -> value; missing fields take their defaults. The key ``preset`` names the
-                preset that they change instead.
+                preset that they change instead. A mapping ``resurrection`` changes the fields that
+                it names, and leaves the others as the default or the preset gives them; a
+                ``ResurrectionConfig`` stays whole.
 
         Raises:
             ArgumentError: an unknown key, or a value that the fields do not take.
@@ -357,16 +362,18 @@ class TrainingConfig:
         if not isinstance(data, Mapping):
             raise ArgumentTypeError(f"config: expected a mapping of settings, got {data!r}")
         values = dict(data)
-        base = values.pop("preset", None)
+        name = values.pop("preset", None)
         check_known_keys(values, {f.name for f in fields(cls)} | {"preset"}, what="setting")
+        from resu_compile.training.presets import preset_fields
+
+        base = preset_fields("default" if name is None else name)
+        theta = values.get("resurrection", {})
+        if isinstance(theta, Mapping):  # over what was given: rule="auto" is settled once built
+            values["resurrection"] = {**base["resurrection"], **theta}
         for key, part in _PARTS.items():
             if isinstance(values.get(key), Mapping):
                 values[key] = from_plain(part, values[key], key)
-        if base is None:
-            return cls(**values)
-        from resu_compile.training.presets import preset
-
-        return preset(base, **values)
+        return cls(**{**base, **values})
 
     def dump(self, path: str | Path) -> None:
         """Write the config to a ``.yaml``, ``.yml`` or ``.json`` file.

@@ -12,9 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from resu_compile.config import ResurrectionConfig
 from resu_compile.errors import check_choice, check_known_keys
-from resu_compile.training.config import CycleShares, TrainingConfig
+from resu_compile.training.config import TRIAL, CycleShares, TrainingConfig
 from resu_compile.training.densify import Densification, Pause
 
 
@@ -36,15 +35,20 @@ def _published(cycles: int = 5, steps: int = 1000, **changes: Any) -> dict[str, 
     return {**values, **changes}
 
 
-def _frozen(rule: Any) -> ResurrectionConfig:
+def _frozen(rule: str) -> dict[str, Any]:
     """Theta from noise with plain gradients beside frozen active weights."""
-    return ResurrectionConfig(
-        lr=1e-4, rule=rule, step="raw", init="normal", eps=0.1, freeze_active=True
-    )
+    return {
+        "lr": 1e-4,
+        "rule": rule,
+        "step": "raw",
+        "init": "normal",
+        "eps": 0.1,
+        "freeze_active": True,
+    }
 
 
 def _default() -> dict[str, Any]:
-    return {}  # the defaults of TrainingConfig
+    return {"resurrection": TRIAL}  # else the defaults of TrainingConfig
 
 
 def _aggressive() -> dict[str, Any]:
@@ -90,11 +94,22 @@ def preset(name: str, **changes: Any) -> TrainingConfig:
     Args:
         name: one of ``PRESETS``: ``"default"``, ``"published"``, ``"aggressive"``,
             ``"conservative"``, ``"densification"`` or ``"quick_test"``.
-        **changes: fields of ``TrainingConfig``.
+        **changes: fields of ``TrainingConfig``; a mapping ``resurrection`` changes the fields that
+            it names.
 
     Raises:
         ArgumentError: an unknown name or field, or a value that a field does not take.
     """
     check_choice(name, _PRESETS, name="preset")
     check_known_keys(changes, TrainingConfig.__dataclass_fields__, what="setting")
-    return TrainingConfig(**{**_PRESETS[name](), **changes})
+    return TrainingConfig.from_dict({**changes, "preset": name})
+
+
+def preset_fields(name: str) -> dict[str, Any]:
+    """What the preset ``name`` gives to ``TrainingConfig``; ``resurrection`` as a mapping.
+
+    Raises:
+        ArgumentError: an unknown name.
+    """
+    check_choice(name, _PRESETS, name="preset")
+    return _PRESETS[name]()

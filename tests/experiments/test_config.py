@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from resu_compile.errors import ArgumentError, ArgumentTypeError
 from resu_compile.experiments import ExperimentConfig
 from resu_compile.experiments.cells import build_cells
+from resu_compile.experiments.run_cell import cell_training
 from resu_compile.experiments.runner import describe
 from resu_compile.experiments.settings import training_config
+from resu_compile.training import preset
 
 SEARCH = {"start": [0.05, 0.1, 0.2], "stop": {"low": 0.5, "high": 0.9}}
 
@@ -147,6 +150,34 @@ def test_settings_change_the_method_and_the_training():
     assert config.method_options == {"criterion": "random"}
     assert (config.steps, config.seed) == (100, 3)
     assert training == {"cycles": 2, "cycle": {"resu": 0.5}}
+
+
+@pytest.mark.parametrize("base", ["default", "published"])
+def test_fields_of_resurrection_are_changed_one_by_one(make_config, base):
+    """In what all runs have, in a method's own training, and in a search."""
+    config = make_config(
+        training={"compile": False, "resurrection": {"weight_decay": 0.1, "delta": 1e-6}},
+        methods=[
+            {
+                "name": "resu",
+                "training": {"preset": base, "resurrection": {"weight_decay": 0.2}},
+                "search": {"training.resurrection.lr": [0.5]},
+            }
+        ],
+        tuning={"trials": 2},
+        task={"steps": 400},
+    )
+    trials = [cell for cell in build_cells(config) if cell.kind == "trial"]
+    lrs = []
+    for cell in trials:
+        found = cell_training(cell, config, cell.settings, 400).resurrection
+        whole = preset(base).resurrection
+        lr, rule = cell.settings.get("training.resurrection.lr", whole.lr), whole.rule
+        if base == "default" and lr is not None:
+            rule = "adam"  # which is what a step size of its own makes of it
+        assert found == replace(whole, weight_decay=0.2, delta=1e-6, lr=lr, rule=rule)
+        lrs.append(lr)
+    assert lrs == [preset(base).resurrection.lr, 0.5]
 
 
 def test_dense_has_a_mask_of_ones():

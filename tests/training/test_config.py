@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -126,9 +127,69 @@ def test_a_hand_written_file_names_a_preset_and_changes_it(tmp_path):
     assert TrainingConfig.load(path) == preset(
         "aggressive",
         steps=700,
-        resurrection=ResurrectionConfig(lr=1e-3),
+        resurrection=replace(preset("aggressive").resurrection, lr=1e-3),
         cycle=CycleShares(1, 0.1, 1.0),
     )
+
+
+TRIAL = {"places": 0.05, "score": "saliency", "kind": "ceiling"}
+FROZEN = {"lr": 1e-4, "step": "raw", "init": "normal", "eps": 0.1, "freeze_active": True}
+
+
+@pytest.mark.parametrize(
+    ("base", "named", "whole"),
+    [
+        (None, {}, TRIAL),
+        (None, {"margin": 0.2}, {**TRIAL, "margin": 0.2}),
+        (None, {"freeze_active": True}, {**TRIAL, "freeze_active": True, "rule": "adam"}),
+        (None, {"lr": 1e-3}, {**TRIAL, "lr": 1e-3, "rule": "adam"}),
+        (None, {"storage": "compact"}, {**TRIAL, "storage": "compact", "rule": "adam"}),
+        (None, {"init": "normal", "places": None}, {**TRIAL, "init": "normal", "places": None}),
+        (None, {"score": "growth", "kind": "quota"}, {"places": 0.05, "score": "growth"}),
+        ("default", {"places": 0.1}, {**TRIAL, "places": 0.1}),
+        ("published", {}, {**FROZEN, "rule": "selective"}),
+        ("published", {"tau": 0.1}, {**FROZEN, "rule": "selective", "tau": 0.1}),
+        ("conservative", {"lr": None}, {**FROZEN, "rule": "sgd", "lr": None}),
+        (
+            "densification",
+            {"freeze_active": False, "lr": None, "rule": "auto"},
+            {**FROZEN, "rule": "optimizer", "lr": None, "freeze_active": False},
+        ),
+    ],
+)
+def test_a_mapping_changes_the_fields_that_it_names(base, named, whole, tmp_path):
+    data = {"resurrection": named} if base is None else {"preset": base, "resurrection": named}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(data))
+    found = TrainingConfig.load(path)
+    assert found.resurrection == ResurrectionConfig(**whole)
+    rest = TrainingConfig() if base is None else preset(base)
+    assert found == replace(rest, resurrection=found.resurrection)
+    found.dump(path)
+    assert TrainingConfig.load(path) == found
+    if base is not None:
+        assert preset(base, resurrection=named) == found
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_an_object_stays_whole(name):
+    theta = ResurrectionConfig(margin=0.2)
+    assert preset(name, resurrection=theta).resurrection is theta
+    assert TrainingConfig.from_dict({"preset": name, "resurrection": theta}).resurrection is theta
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"init": "normal"}, r"^places: .*'places: null'"),
+        ({"rule": "selective"}, r"^places: .*'places: null'"),
+        ({"score": "growth"}, "^score: .*kind='quota'.*set these two, or another score"),
+        ({"lr": 1e-3, "rule": "optimizer"}, "^lr: .*'lr: null'"),
+    ],
+)
+def test_contradictions_to_the_default_say_what_to_set(data, message):
+    with pytest.raises(ArgumentError, match=message):
+        TrainingConfig.from_dict({"resurrection": data})
 
 
 def test_an_empty_file_is_the_default(tmp_path):
