@@ -373,20 +373,31 @@ class MaskedWeight:
 
     # -- writes that nobody saw ----------------------------------------------------------------
     def hidden_write(self, parameter: nn.Parameter) -> Tensor | None:
-        """Whether a pruned place of value or gradient holds something that no version tells of.
+        """Whether value or gradient is not 0 where it has to be, and no version tells of it.
+
+        That is in the pruned places; in a resurrection, in those that it did not choose.
 
         Returns:
             bool, shape (), on the parameter's device; None if there is nothing to look at.
         """
         if is_released(parameter):
             return None
-        known = [parameter.detach()] if self._is_zeroed(parameter) else []
-        if parameter.grad is not None and self._is_clean(parameter.grad, Routing.ACTIVE):
-            known.append(parameter.grad.detach())
+        running, grad = self.controller.resurrection, parameter.grad
+        if running is None:
+            held: Tensor | None = self.bits
+            live, routing, is_zeroed = self.bits, Routing.ACTIVE, self._is_zeroed(parameter)
+        else:
+            held, (live, _) = running.held(self), self._routed(running.routing)
+            routing, is_zeroed = running.routing, self.trusts_versions
+        if held is None:  # all of them may hold theta
+            return None
+        known = [(parameter.detach(), held)] if is_zeroed else []
+        if grad is not None and self._is_clean(grad, routing):
+            known.append((grad.detach(), live))
         if not known:
             return None
-        pruned = ~self.mask
-        return torch.stack([(tensor.ne(0) & pruned).any() for tensor in known]).any()
+        found = [(x.ne(0) & ~unpack_mask(bits, self.shape)).any() for x, bits in known]
+        return torch.stack(found).any()
 
 
 def _stamp(parameter: Tensor) -> tuple[int, int]:

@@ -313,7 +313,7 @@ def _look_for_hidden_writes(view: _View) -> None:
     flags = {
         weight: flag
         for _, parameter, weight in view.entries
-        if weight.controller.phase is Phase.SPARSE and weight.bits.device == parameter.device
+        if weight.controller.phase is not Phase.DENSE and weight.bits.device == parameter.device
         if not (parameter.is_cuda and torch.cuda.is_current_stream_capturing())
         if (flag := weight.hidden_write(parameter)) is not None
     }
@@ -324,7 +324,8 @@ def _look_for_hidden_writes(view: _View) -> None:
     for weight, written in zip(flags, found, strict=True):
         if written:
             weight.trusts_versions = False
-            view.synced.pop(weight, None)
+            if weight.controller.phase is Phase.SPARSE:  # theta's means stay, see _finish
+                view.synced.pop(weight, None)
 
 
 def _after_step(optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
@@ -349,7 +350,8 @@ def _finish(optimizer: Optimizer, view: _View, *, final: bool) -> None:
             assert controller.resurrection is not None
             controller.resurrection.after_step(weight)
             held = controller.resurrection.held(weight)
-            if held is not None and final and not (elementwise and is_exact):
+            exact = elementwise and is_exact and weight.trusts_versions
+            if held is not None and final and not exact:
                 zero_where_(parameter, held, True)
                 zero_state(optimizer, parameter, held, keep=True)
         elif controller.phase is Phase.SPARSE and final:

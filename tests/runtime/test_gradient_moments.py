@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import pickle
 
 import pytest
 import torch
@@ -15,8 +13,8 @@ from torch import nn, optim
 import resu_compile as resu
 from resu_compile.errors import ArgumentError
 from resu_compile.runtime.gradient_moments import DECAY, GradientMoments
+from tests.runtime.moments import CPU, ByHand, backward, found, make
 
-CPU = torch.device("cpu")
 OPTIMIZERS = {
     "sgd": lambda p: optim.SGD(p, lr=0.1),
     "momentum": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
@@ -28,44 +26,6 @@ OPTIMIZERS = {
     "resu adamw active": lambda p: resu.optim.AdamW(p, lr=0.1, state="active"),
     "resu sgd": lambda p: resu.optim.SGD(p, lr=0.1, momentum=0.9),
 }
-
-
-def make(sparsity=0.0, dtype=None, seed=0, decay=DECAY):
-    torch.manual_seed(seed)
-    model = nn.Linear(6, 4)
-    if dtype is not None:
-        model.to(dtype)
-    resu.sparsify(model, sparsity, compile=False)
-    controller = resu.controller(model)
-    controller.track_gradients(decay)
-    return model, controller
-
-
-def backward(model, seed, scale=1.0):
-    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(seed)).to(model.weight.dtype)
-    (model(x).square().sum() * scale).backward()
-
-
-def found(controller, name="weight"):
-    return controller.moments.mean_square(name, CPU)
-
-
-class ByHand:
-    """One float64 at a time."""
-
-    def __init__(self, decay=DECAY):
-        self.decay, self.squares = decay, None
-
-    def observe(self, grad):
-        values = grad.double().flatten().tolist()
-        before = self.squares or [0.0] * len(values)
-        self.squares = [
-            self.decay * f + (1 - self.decay) * g * g for f, g in zip(before, values, strict=True)
-        ]
-
-    def check(self, controller, rel=1e-5):
-        assert found(controller).dtype is torch.float32
-        assert found(controller).flatten().tolist() == pytest.approx(self.squares, rel=rel)
 
 
 # -- the formula -------------------------------------------------------------------------------
@@ -328,105 +288,3 @@ def test_every_evaluation_of_a_closure_counts():
 
     optimizer.step(closure)
     by_hand.check(controller)
-
-
-# -- keeping it --------------------------------------------------------------------------------
-def train(model, optimizer, steps, start=0):
-    for step in range(start, start + steps):
-        optimizer.zero_grad()
-        backward(model, step)
-        optimizer.step()
-
-
-def test_it_is_off_until_it_is_asked_for_and_a_later_call_keeps_it():
-    model = resu.sparsify(nn.Linear(6, 4), 0.5, compile=False)
-    controller = resu.controller(model)
-    optimizer = optim.SGD(model.parameters(), lr=0.1)
-    train(model, optimizer, 1)
-    assert controller.moments is None
-    assert controller.state_dict()["moments"] is None
-    controller.track_gradients(0.5)
-    train(model, optimizer, 1)
-    moments = controller.moments
-    controller.track_gradients(0.9)
-    assert controller.moments is moments
-    assert moments.decay == 0.5
-    controller.forget_gradients()
-    assert controller.moments is None
-    train(model, optimizer, 1)
-    controller.forget_gradients()
-
-
-@pytest.mark.parametrize("decay", [-0.1, 1.0, math.nan])
-def test_a_decay_out_of_range(decay):
-    model = resu.sparsify(nn.Linear(6, 4), 0.5, compile=False)
-    with pytest.raises(ArgumentError, match="^decay: expected"):
-        resu.controller(model).track_gradients(decay)
-
-
-def test_a_saved_state_goes_on_bit_by_bit():
-    model, controller = make(0.5, decay=0.9)
-    optimizer = optim.SGD(model.parameters(), lr=0.01)
-    train(model, optimizer, 3)
-    states = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    saved = controller.state_dict()
-    kept = found(controller).clone()
-    train(model, optimizer, 2, start=3)
-    assert torch.equal(saved["moments"]["squares"]["weight"], kept)  # a copy
-
-    other, its = make(0.5, seed=1, decay=0.5)
-    second = optim.SGD(other.parameters(), lr=0.01)
-    its.load_state_dict(saved)
-    other.load_state_dict(states[0])
-    second.load_state_dict(states[1])
-    assert its.moments.decay == 0.9
-    train(other, second, 2, start=3)
-    assert torch.equal(found(its), found(controller))
-    assert torch.equal(saved["moments"]["squares"]["weight"], kept)
-
-
-def test_a_state_without_means_takes_them_away_and_old_states_load():
-    model, controller = make(0.5)
-    train(model, optim.SGD(model.parameters(), lr=0.1), 1)
-    saved = resu.controller(resu.sparsify(nn.Linear(6, 4), 0.5, compile=False)).state_dict()
-    controller.load_state_dict(saved)
-    assert controller.moments is None
-    del saved["moments"]
-    controller.load_state_dict(saved)
-    assert controller.moments is None
-
-
-@pytest.mark.parametrize("way", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_have_means_of_their_own(way):
-    model, controller = make(0.5)
-    train(model, optim.SGD(model.parameters(), lr=0.01), 2)
-    before = found(controller).clone()
-    other = way(model)
-    its = resu.controller(other)
-    assert torch.equal(found(its), before)
-    train(other, optim.SGD(other.parameters(), lr=0.01), 2, start=2)
-    assert torch.equal(found(controller), before)
-    train(model, optim.SGD(model.parameters(), lr=0.01), 2, start=2)
-    assert torch.equal(found(controller), found(its))
-
-
-def test_in_inference_mode_and_out_of_it():
-    """A mean that was begun in inference mode is an ordinary tensor."""
-    moments = GradientMoments()
-    with torch.inference_mode():
-        moments.observe([("w", torch.ones(3))])
-    moments.observe([("w", torch.ones(3))])
-    assert not moments.mean_square("w", CPU).is_inference()
-
-
-def test_a_compiled_model():
-    torch.manual_seed(0)
-    model = nn.Linear(6, 4)
-    plain = copy.deepcopy(model)
-    runs = []
-    for net, compiled in ((model, True), (plain, False)):
-        resu.sparsify(net, 0.5, compile=compiled)
-        resu.controller(net).track_gradients()
-        train(net, optim.SGD(net.parameters(), lr=0.01), 3)
-        runs.append(found(resu.controller(net)))
-    torch.testing.assert_close(*runs)
