@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from resu_compile.experiments.records import by_key, read_records
 from resu_compile.experiments.report import (
@@ -75,9 +76,17 @@ def notes(name: str) -> str:
 
 
 def pictures(name: str) -> str:
-    """The metric over sparsity and over training FLOPs."""
-    made = draw_groups(_groups(name), PLOTS, highlight=METHOD)
-    return "\n\n".join(f"![{path.stem}](plots/{path.name})" for path in made)
+    """The metric over sparsity and over training FLOPs, as ``draw`` has made them."""
+    found = [path for group in _groups(name) for path in sorted(PLOTS.glob(f"{group.slug}-*.png"))]
+    return "\n\n".join(f"![{path.stem}](plots/{path.name})" for path in found)
+
+
+def draw(text: str) -> None:
+    """Make the pictures that ``text`` has a region for."""
+    for region in REGION.finditer(text):
+        name, _, part = region["name"].partition(":")
+        if part == "pictures":
+            draw_groups(_groups(name), PLOTS, highlight=METHOD)
 
 
 PARTS: dict[str, Callable[[str], str]] = {
@@ -91,7 +100,7 @@ PARTS: dict[str, Callable[[str], str]] = {
 
 
 # -- records -----------------------------------------------------------------------------------
-def _records(name: str) -> list[dict[str, object]]:
+def _records(name: str) -> list[dict[str, Any]]:
     return read_records(RESULTS / f"{name}.jsonl")
 
 
@@ -129,9 +138,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.take:
         print(take(Path(args.take[0]), args.take[1]))
     before = PAGE.read_text(encoding="utf-8")
-    after = filled(before)
     if args.check:
-        return int(before != after)
+        return int(before != filled(before))
+    draw(before)
+    after = filled(before)
     PAGE.write_text(after, encoding="utf-8")
     print(f"{PAGE}: {len(REGION.findall(after))} regions")
     return 0

@@ -1,0 +1,41 @@
+"""docs/results.md stands on the records that are kept, and is made of them alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import results_page
+from resu_compile.experiments.records import read_records
+
+
+def test_the_page_is_up_to_date():
+    assert results_page.main(["--check"]) == 0
+
+
+def test_every_region_names_a_part_and_a_file():
+    text = results_page.PAGE.read_text(encoding="utf-8")
+    names = [found["name"].partition(":") for found in results_page.REGION.finditer(text)]
+    assert names
+    for name, _, part in names:
+        assert part in results_page.PARTS
+        assert (results_page.RESULTS / f"{name}.jsonl").is_file()
+
+
+def test_a_changed_number_is_found(monkeypatch, tmp_path):
+    text = results_page.PAGE.read_text(encoding="utf-8")
+    page = tmp_path / "results.md"
+    page.write_text(text.replace("1.1208", "1.0208"), encoding="utf-8")
+    monkeypatch.setattr(results_page, "PAGE", page)
+    assert results_page.main(["--check"]) == 1
+
+
+@pytest.mark.parametrize("name", ["evidence_bytes", "evidence_digits"])
+def test_taking_keeps_the_newest_record_of_each_cell(monkeypatch, tmp_path, name):
+    records = read_records(results_page.RESULTS / f"{name}.jsonl")
+    older = {**records[0], "scores": {}, "training": {"steps": 1}}
+    source = tmp_path / "runs.jsonl"
+    source.write_text("".join(json.dumps(r) + "\n" for r in [older, *records]), encoding="utf-8")
+    monkeypatch.setattr(results_page, "RESULTS", tmp_path)
+    assert read_records(results_page.take(source, name)) == records
