@@ -3,8 +3,8 @@
     pip install resu-compile[demo]
     python examples/digits.py
 
-A tenth of the steps are dense, then five cycles prune to 90 %, each with a RESU phase in which
-pruned weights compete to come back; the last quarter trains what is left. The model is written to
+A tenth of the steps are dense, then five cycles prune to 90 %, and in each a few of the pruned
+weights compete to come back; the last fifth trains what is left. The model is written to
 digits.pt2. Takes about half a minute, most of it compilation.
 """
 
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> nn.Module:
         steps=options.steps,
         sparsity=options.sparsity,
         warmup=0.1,
-        cycles=5,
+        cycles=5,  # few, for a short table; the default is 40
         seed=options.seed,
         compile=not options.eager,
     )

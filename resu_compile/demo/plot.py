@@ -64,8 +64,8 @@ def _draw_task(top: Axes, bottom: Axes, task: Task, runs: Sequence[Run]) -> None
         if run.method.key == "resu":
             _shade(top, run.method.plan)
             _shade(bottom, run.method.plan)
-        # the methods differ from here on
-        later += [h for step, h in zip(steps, values, strict=True) if step >= 0.45 * steps[-1]]
+        # the methods differ visibly from here on
+        later += [h for step, h in zip(steps, values, strict=True) if step >= 0.5 * steps[-1]]
     _zoom(top, later)
     top.set_title(task.title)
     unit = "loss in nats" if task.metric == "accuracy" else task.metric

@@ -35,8 +35,8 @@ class Training:
         weight_decay: of AdamW.
         autocast: train and infer in bfloat16 autocast.
         one_shot_at: share of the steps before one-shot pruning.
-        ramp: shares of the steps at which gradual pruning and RESU begin and end.
-        cycles: RESU cycles on the ramp; gradual pruning takes twice as many steps on it.
+        ramp: shares of the steps at which gradual pruning begins and ends.
+        prunings: how often gradual pruning prunes on the ramp.
     """
 
     steps: int
@@ -46,7 +46,7 @@ class Training:
     autocast: bool = False
     one_shot_at: float = 0.7
     ramp: tuple[float, float] = (0.5, 0.75)
-    cycles: int = 5
+    prunings: int = 10
 
     def lr_at(self, step: int) -> float:
         """Learning rate of ``step``, in [0, ``lr``]."""
@@ -347,15 +347,16 @@ TASKS: tuple[str, ...] = ("digits", "bytes")
 SIZES: tuple[str, ...] = ("small", "large")
 
 
-# When to prune was chosen for each method by trying shares from 0.3 to 0.87 on the GPT (600 steps
-# small, 2 seeds; 2000 steps large, 1 seed): pruning earlier cost every method, one-shot the least.
-# They were chosen by the same held-out data that the demo reports, out of about 40 trials: some 23
-# of RESU, 7 of gradual and 7 of one-shot. The table shows what runs; it does not rank the methods.
+# When one-shot and gradual pruning prune was chosen by trying shares from 0.3 to 0.87 on the GPT
+# (600 steps small, 2 seeds; 2000 steps large, 1 seed), 7 trials each: pruning earlier cost both,
+# one-shot the less. The trials went by the held-out data that the demo reports. RESU runs by the
+# default preset, which was not tuned in the demo; but the probes that chose it (docs/training.md)
+# went by data that the demo holds out, too. The table shows what runs; it does not rank them.
 _DIGITS = Training(steps=600, batch_size=64, lr=2e-3, weight_decay=0.01)
 _BYTES_SMALL = Training(
-    steps=500, batch_size=16, lr=3e-3, weight_decay=0.1, ramp=(0.6, 0.85), cycles=3
+    steps=500, batch_size=16, lr=3e-3, weight_decay=0.1, ramp=(0.6, 0.85), prunings=6
 )
-_BYTES_LARGE = Training(steps=2000, batch_size=64, lr=1e-3, weight_decay=0.1, cycles=10)
+_BYTES_LARGE = Training(steps=2000, batch_size=64, lr=1e-3, weight_decay=0.1, prunings=20)
 
 
 def make_task(name: str, size: str, device: str) -> Task:
