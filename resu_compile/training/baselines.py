@@ -18,17 +18,15 @@ from resu_compile.training.config import CycleShares, TrainingConfig
 _PRUNE_ONLY = CycleShares(train=0.0, stabilize=1.0, resu=0.0)
 
 
-def gradual_config(config: TrainingConfig, *, prunings: int | None = None) -> TrainingConfig:
+def gradual_config(config: TrainingConfig) -> TrainingConfig:
     """``config`` without resurrection: its RESU stages are sparse training like the rest.
 
     Args:
         config: of a RESU run, without ``densify``.
-        prunings: on the same ramp; None prunes where ``config`` does.
     """
     shares = config.cycle
     return replace(
         config,
-        cycles=config.cycles if prunings is None else prunings,
         cycle=CycleShares(shares.train, stabilize=shares.stabilize + shares.resu, resu=0.0),
     )
 

@@ -35,16 +35,6 @@ def test_gradual_prunes_where_resu_does():
     assert changed(gradual_config(base), base) == {"cycle"}
 
 
-def test_gradual_prunes_more_often_on_the_same_ramp():
-    base = config(cycle=CycleShares(0.0, 0.7, 0.3))
-    made = gradual_config(base, prunings=9)
-    plan = build_plan(made)
-    starts = [span.start for span in plan if span.stage is Stage.STABILIZE]
-    assert starts == list(range(4, 31, 3))
-    assert [span.stage for span in plan][1:-1] == [Stage.STABILIZE] * 9
-    assert changed(made, base) == {"cycle", "cycles"}
-
-
 @pytest.mark.parametrize("schedule", ["cubic", (0.1, 0.7, 0.75)])
 @pytest.mark.parametrize("prune_at", [1, 13, 39])
 def test_one_shot_prunes_once(prune_at, schedule):
