@@ -62,16 +62,10 @@ class CycleShares:
             )
 
 
-def _resurrection_all_along() -> CycleShares:
-    return CycleShares(train=0.0, stabilize=0.0, resu=1.0)
-
-
+# a cycle prunes, and is a resurrection from there to the next pruning
+RESU_ONLY: Mapping[str, Any] = {"train": 0.0, "stabilize": 0.0, "resu": 1.0}
 # theta in a few places, which has to beat the active weights that it displaces
 TRIAL: Mapping[str, Any] = {"places": 0.05, "score": "saliency", "kind": "ceiling"}
-
-
-def _trial() -> ResurrectionConfig:
-    return ResurrectionConfig(**TRIAL)
 
 
 @dataclass(frozen=True)
@@ -177,7 +171,7 @@ class TrainingConfig:
     warmup: float | None = None
     recovery: float = 0.2
     cycles: int = 40
-    cycle: CycleShares = field(default_factory=_resurrection_all_along)
+    cycle: CycleShares = field(default_factory=lambda: CycleShares(**RESU_ONLY))
     sparsity: float = 0.7
     initial_sparsity: float = 0.0
     schedule: Schedule = "cubic"
@@ -190,7 +184,7 @@ class TrainingConfig:
     pattern: str | None = None
     targets: Names | None = None
     exclude: Names | None = DEFAULT_EXCLUDE
-    resurrection: ResurrectionConfig = field(default_factory=_trial)
+    resurrection: ResurrectionConfig = field(default_factory=lambda: ResurrectionConfig(**TRIAL))
     budget_start: float = 0.05
     budget_end: float = 0.05
     margin_end: float | None = None
@@ -352,9 +346,9 @@ class TrainingConfig:
 
         Args:
             data: field -> value; missing fields take their defaults. The key ``preset`` names the
-                preset that they change instead. A mapping ``resurrection`` changes the fields that
-                it names, and leaves the others as the default or the preset gives them; a
-                ``ResurrectionConfig`` stays whole.
+                preset that they change instead. A mapping ``resurrection`` or ``cycle`` changes the
+                fields that it names, and leaves the others as the default or the preset gives them;
+                a ``ResurrectionConfig`` or ``CycleShares`` stays whole.
 
         Raises:
             ArgumentError: an unknown key, or a value that the fields do not take.
@@ -367,12 +361,13 @@ class TrainingConfig:
         from resu_compile.training.presets import preset_fields
 
         base = preset_fields("default" if name is None else name)
-        theta = values.get("resurrection", {})
-        if isinstance(theta, Mapping):  # over what was given: rule="auto" is settled once built
-            values["resurrection"] = {**base["resurrection"], **theta}
-        for key, part in _PARTS.items():
+        for key in ("cycle", "resurrection"):
+            part = values.get(key, {})
+            if isinstance(part, Mapping):  # over what was given: rule="auto" is settled once built
+                values[key] = {**base[key], **part}
+        for key, kind in _PARTS.items():
             if isinstance(values.get(key), Mapping):
-                values[key] = from_plain(part, values[key], key)
+                values[key] = from_plain(kind, values[key], key)
         return cls(**{**base, **values})
 
     def dump(self, path: str | Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from resu_compile.errors import check_choice, check_known_keys
-from resu_compile.training.config import TRIAL, CycleShares, TrainingConfig
+from resu_compile.training.config import RESU_ONLY, TRIAL, TrainingConfig
 from resu_compile.training.densify import Densification, Pause
 
 
@@ -24,7 +24,7 @@ def _published(cycles: int = 5, steps: int = 1000, **changes: Any) -> dict[str, 
         "steps": cycles * steps,
         "warmup": 0.0,
         "recovery": 0.0,
-        "cycle": CycleShares(),
+        "cycle": {},
         "method": "magnitude",
         "sparsity": 0.7,
         "schedule": "linear",
@@ -48,7 +48,7 @@ def _frozen(rule: str) -> dict[str, Any]:
 
 
 def _default() -> dict[str, Any]:
-    return {"resurrection": TRIAL}  # else the defaults of TrainingConfig
+    return {"cycle": RESU_ONLY, "resurrection": TRIAL}  # else the defaults of TrainingConfig
 
 
 def _aggressive() -> dict[str, Any]:
@@ -106,7 +106,7 @@ def preset(name: str, **changes: Any) -> TrainingConfig:
 
 
 def preset_fields(name: str) -> dict[str, Any]:
-    """What the preset ``name`` gives to ``TrainingConfig``; ``resurrection`` as a mapping.
+    """What the preset ``name`` gives; ``cycle`` and ``resurrection`` as mappings.
 
     Raises:
         ArgumentError: an unknown name.

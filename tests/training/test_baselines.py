@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 
 from resu_compile.errors import ArgumentError
-from resu_compile.training import CycleShares, Stage, TrainingConfig, build_plan
+from resu_compile.training import CycleShares, TrainingConfig, build_plan
 from resu_compile.training.baselines import dense_config, gradual_config, one_shot_config
 from tests.training.models import config
 

@@ -69,6 +69,14 @@ def test_the_default_preset_warms_up_recovers_and_trains_theta_beside_the_rest()
     assert 0.0 < theta.places <= found.budget_end <= found.budget_start
 
 
+def test_a_mapping_of_shares_keeps_the_others():
+    assert TrainingConfig.from_dict({"cycle": {"stabilize": 0.5}}).cycle == CycleShares(
+        0.0, 0.5, 1.0
+    )
+    published = TrainingConfig.from_dict({"preset": "published", "cycle": {"resu": 0.5}})
+    assert published.cycle == CycleShares(0.6, 0.1, 0.5)
+
+
 def test_the_densification_preset_steps_down_and_pauses():
     densify = preset("densification").densify
     assert densify.levels == (0.7, 0.5, 0.3, 0.1, 0.0)
