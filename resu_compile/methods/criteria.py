@@ -6,6 +6,7 @@
     weight_and_gradient |w| + coefficient |g|
     momentum            |m|
     adam_momentum       |m| / (sqrt(v) + 1e-8)
+    saliency            |w| v^(1/4)
     random              uniform in [0, 1)
 
 One dict, so that any method takes any of them for either end.
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from resu_compile.errors import ArgumentError, check_choice, check_number
+from resu_compile.methods.saliency import Saliency
 
 Needs = Literal["nothing", "gradient", "momentum", "moments"]  # moments: and mean squares
 
@@ -168,6 +170,17 @@ class ByAdamMomentum:
 
 
 @dataclass(frozen=True)
+class BySaliency:
+    """|w| v^(1/4), v a decaying mean of squared gradients: see ``methods/saliency.py``."""
+
+    needs: ClassVar[Needs] = "moments"
+
+    def score(self, places: Places) -> Tensor:
+        """|w| v^(1/4)."""
+        return Saliency().score_with(places.weight, _known(places.square, places, "mean square"))
+
+
+@dataclass(frozen=True)
 class AtRandom:
     """Uniform in [0, 1), drawn on the CPU: the same on every device and rank."""
 
@@ -186,6 +199,7 @@ CRITERIA: dict[str, type[Criterion]] = {
     "weight_and_gradient": ByWeightAndGradient,
     "momentum": ByMomentum,
     "adam_momentum": ByAdamMomentum,
+    "saliency": BySaliency,
     "random": AtRandom,
 }
 

@@ -34,6 +34,7 @@ def places(**changes):
         ("weight_and_gradient", [3.5, 3.0, 4.0, 1.0]),
         ("momentum", [0.0, 1.0, 2.0, 0.5]),
         ("adam_momentum", [0.0, 0.5, 4.0, 0.5e8]),
+        ("saliency", [3.0, 2.0 * 4.0**0.25, 0.0, 0.0]),
     ],
 )
 def test_scores_of_a_table(name, expected):
