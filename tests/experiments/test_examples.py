@@ -142,7 +142,7 @@ def test_each_ablation_differs_from_resu(tmp_path):
     assert len(losses) == 17
     # where the ceiling stops nobody, it and a contest of all are the same
     assert losses.pop("no_amnesty") != losses["gradual"]
-    assert len(set(losses.values())) == 15
+    assert len(set(losses.values())) == 16
 
 
 def test_the_ablations_change_the_default():
