@@ -75,17 +75,22 @@ class GradientMoments:
             grads: names of weights and their gradients, of any dtype.
             factor: what they are multiplied with, to undo the scale of a loss.
         """
-        if not grads:
-            return
+        by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+        share = (1.0 - self.decay) * factor**2
         with torch.no_grad(), torch.inference_mode(False):
-            by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
             for name, grad in grads:
-                squares, values = by_device.setdefault(grad.device, ([], []))
-                squares.append(self._square(name, grad))
-                values.append(grad.detach().float())
+                value = grad.detach().to_dense() if grad.is_sparse else grad.detach()
+                square = self._square(name, value)
+                if value.dtype is torch.float32:
+                    squares, values = by_device.setdefault(value.device, ([], []))
+                    squares.append(square)
+                    values.append(value)
+                else:  # one wide copy at a time
+                    wide = value.float()
+                    square.mul_(self.decay).addcmul_(wide, wide, value=share)
             for squares, values in by_device.values():
                 torch._foreach_mul_(squares, self.decay)
-                torch._foreach_addcmul_(squares, values, values, (1.0 - self.decay) * factor**2)
+                torch._foreach_addcmul_(squares, values, values, share)
 
     def _square(self, name: str, like: Tensor) -> Tensor:
         known = self._squares.get(name)

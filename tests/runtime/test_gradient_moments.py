@@ -118,6 +118,16 @@ def test_clipped_and_accumulated_gradients_are_seen_as_they_are_stepped_with():
     by_hand.check(controller)
 
 
+def test_sparse_gradients_and_several_dtypes_in_one_step():
+    moments = GradientMoments(0.5)
+    dense = torch.tensor([[0.0, 2.0], [0.0, 0.0]])
+    parts = [("a", dense.to_sparse()), ("b", dense.bfloat16()), ("c", dense)]
+    for _ in range(2):
+        moments.observe(parts)
+    for name in "abc":
+        assert moments.mean_square(name, CPU).tolist() == [[0.0, 3.0], [0.0, 0.0]]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_are_kept_in_float32(dtype):
     model, controller = make(dtype=dtype)
