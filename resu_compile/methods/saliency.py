@@ -19,7 +19,7 @@ class Saliency:
     ``power=1`` orders weights as Optimal Brain Damage does, whose ``w^2 H / 2`` is what the loss
     rises by if the weight goes, with the empirical Fisher information ``E[g^2]`` for the curvature
     H. ``power=0`` is the magnitude. The mean of squares is a noisy measure of the curvature, and
-    its root, half way between the two, kept the best weights where it was tried (docs/results.md).
+    its root, half way between the two, kept the best weights where it was tried (docs/training.md).
 
     The controller has to see the gradients: ``controller(model).track_gradients()`` before
     training, which ``TrainingConfig`` does for this method by itself.

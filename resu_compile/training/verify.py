@@ -56,10 +56,10 @@ SMALL_GPT = {"width": 64, "layers": 2, "heads": 2, "context": 64}
 QUICK_STEPS = {"digits": 60, "bytes": 30}
 QUICK_CYCLES = 2
 DATA_NOTE = (
-    "The plan is preset {preset!r}. That of 'default' was chosen by probes of other sizes of these\n"
-    "tasks (docs/training.md), whose validation data are a part of what is held out here. The\n"
-    "learning rates are the demo's; they and the size of the small GPT were settled earlier on runs\n"
-    "of these tasks, held-out data included."
+    "The plan is preset {preset!r}. That of 'default' was chosen by probes of other sizes of\n"
+    "these tasks (docs/training.md), whose validation data are a part of what is held out here.\n"
+    "The learning rates are the demo's; they and the size of the small GPT were settled earlier\n"
+    "on runs of these tasks, held-out data included."
 )
 
 
