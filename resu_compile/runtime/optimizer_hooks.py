@@ -349,9 +349,9 @@ def _finish(optimizer: Optimizer, view: _View, *, final: bool) -> None:
         if controller.phase is Phase.RESU:
             assert controller.resurrection is not None
             controller.resurrection.after_step(weight)
-            held = controller.resurrection.held(weight)
             exact = elementwise and is_exact and weight.trusts_versions
-            if held is not None and final and not exact:
+            held = None if exact or not final else controller.resurrection.held(weight)
+            if held is not None:
                 zero_where_(parameter, held, True)
                 zero_state(optimizer, parameter, held, keep=True)
         elif controller.phase is Phase.SPARSE and final:
