@@ -75,9 +75,6 @@ def rehearse(task: ExperimentTask, config: TrainingConfig) -> float:
             for name, gradient in gradients.items():
                 parameters[name].grad = gradient.clone()
         run.after_backward()
-        if running is not None and choosing:
-            for weight in run.controller.weights.values():
-                running.choose(task.optimizer, weight, weight.parameter)
         task.optimizer.zero_grad()
         run.after_step()
     return run.costs.training_share(flops)

@@ -39,6 +39,7 @@ from resu_compile.runtime.commit_report import CommitReport, compare_masks
 from resu_compile.runtime.controller_state import PRUNE_ARGUMENTS
 from resu_compile.runtime.dense_release import ReleaseReport, check_dense, request, restore
 from resu_compile.runtime.gradient_moments import DECAY, GradientMoments
+from resu_compile.runtime.gradient_score import all_finite
 from resu_compile.runtime.mask_history import MaskHistory
 from resu_compile.runtime.module_hooks import AfterForward, BeforeForward, ControllerSlot
 from resu_compile.runtime.optimizer_state import zero_state
@@ -461,6 +462,28 @@ class Controller:
         for weight in self._weights.values():
             self.resurrection.init_theta(weight, weight.parameter, self.generator)
         return self.resurrection
+
+    def choose_places(self, *, loss_scale: float = 1.0) -> None:
+        """Choose by the gradients that are there which places hold theta, before clipping.
+
+        The first gradient of a resurrection with ``places`` is dense, and would be clipped as such;
+        from here on it is 0 outside of the places that train. ``optimizer.step()`` makes the choice
+        if nothing has made it before. Anything else than that first step is left alone.
+
+        Args:
+            loss_scale: what the loss was multiplied by; with another one than 1, gradients that
+                have overflowed choose nothing.
+        """
+        running = self.resurrection
+        if running is None or not running.is_choosing:
+            return
+        grads = [w.parameter.grad for w in self._weights.values() if w.parameter.grad is not None]
+        if loss_scale != 1.0 and not all_finite(grads):
+            return
+        for weight in self._weights.values():
+            running.choose(weight, weight.parameter)
+            if weight.live is not None:
+                weight.clean_gradient(weight.parameter, running.routing)
 
     def commit(
         self,

@@ -7,12 +7,22 @@ the weight's size, and one tensor of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from resu_compile.errors import ArgumentError
+
+
+def all_finite(grads: Sequence[Tensor]) -> bool:
+    """Whether no gradient holds NaN or infinity; waits for the device once."""
+    if not grads:
+        return True
+    device = grads[0].device
+    dense = (grad.coalesce().values() if grad.is_sparse else grad for grad in grads)
+    checks = [torch.isfinite(grad).all().to(device) for grad in dense]
+    return bool(torch.stack(checks).all())
 
 
 class LastGradients:

@@ -240,7 +240,8 @@ def _prepare(optimizer: Optimizer, view: _View) -> None:
             if weight not in view.synced and not running.resumed:
                 _zero_on_first_sight(optimizer, view, parameter, weight)  # from before sparsify
             running.observe(optimizer, weight, parameter)
-            running.choose(optimizer, weight, parameter)
+            if not skipped_by_scaler(optimizer):
+                running.choose(weight, parameter)
             if weight.live is not None:
                 weight.clean_gradient(parameter, running.routing)
             nested = running.is_nested(optimizer, weight)

@@ -78,9 +78,7 @@ class Resurrection:
             self.thetas[weight.name] = Theta(self.config)
         return self.thetas[weight.name]
 
-    def choose(
-        self, optimizer: torch.optim.Optimizer, weight: MaskedWeight, parameter: nn.Parameter
-    ) -> None:
+    def choose(self, weight: MaskedWeight, parameter: nn.Parameter) -> None:
         """Let the pruned places with the largest |g| hold theta, and no others from here on.
 
         The first step of the phase computes a dense gradient for it, which several ranks have
@@ -88,8 +86,6 @@ class Resurrection:
         """
         share, grad = self.config.places, parameter.grad
         if share is None or grad is None or weight.name in self.chosen:
-            return
-        if skipped_by_scaler(optimizer):
             return
         mask = weight.mask
         count = min(int(share * weight.nnz), weight.numel - weight.nnz)

@@ -224,6 +224,23 @@ class Cycle:
             self._enter(self.plan[0])
         return self
 
+    def after_backward(self, *, loss_scale: float = 1.0) -> bool:
+        """Call it between the last ``backward()`` of a step and clipping, in a loop that clips.
+
+        The first gradient of a RESU phase in which theta has few ``places`` is dense; the places
+        are chosen here then, and clipping sees the gradient of what trains.
+
+        Args:
+            loss_scale: what the loss was multiplied by (``GradScaler.get_scale()``).
+
+        Returns:
+            True: the step is to be taken.
+        """
+        controller = self.controller
+        if controller is not None:
+            controller.choose_places(loss_scale=loss_scale)
+        return True
+
     def step(self) -> Cycle:
         """Count one ``optimizer.step()`` and cross the border of a span, if this is one.
 

@@ -23,6 +23,7 @@ from resu_compile.methods import TrainingMethod
 from resu_compile.methods.registry import name_of
 from resu_compile.phase import Phase, Routing
 from resu_compile.runtime.controller import find_controller
+from resu_compile.runtime.gradient_score import all_finite
 from resu_compile.training.attach import attach, checked_model
 from resu_compile.training.config import TrainingConfig
 from resu_compile.training.cycle import CycleEvent, CycleStats
@@ -156,6 +157,8 @@ class SparseTraining(Run):
         elif controller.phase is Phase.SPARSE:
             for weight in controller.weights.values():
                 weight.clean_gradient(weight.parameter, Routing.ACTIVE)
+        else:
+            controller.choose_places(loss_scale=loss_scale)
         return not replaced
 
     def after_step(self) -> SparseTraining:
@@ -220,13 +223,7 @@ class SparseTraining(Run):
         )
 
     def _is_finite(self) -> bool:
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        if not grads:
-            return True
-        device = grads[0].device
-        dense = (grad.coalesce().values() if grad.is_sparse else grad for grad in grads)
-        checks = [torch.isfinite(grad).all().to(device) for grad in dense]
-        return bool(torch.stack(checks).all())  # waits for the device once
+        return all_finite([p.grad for p in self.model.parameters() if p.grad is not None])
 
     # -- state ---------------------------------------------------------------------------------
     def state_dict(self) -> dict[str, Any]:

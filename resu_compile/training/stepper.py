@@ -16,6 +16,7 @@ from resu_compile.training.distributed import check_gradients, data_parallel_of
 from resu_compile.training.losses import LossWatch
 
 if TYPE_CHECKING:
+    from resu_compile.training.cycle import Cycle
     from resu_compile.training.sparse_training import SparseTraining
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -57,7 +58,7 @@ class Stepper:
         self.scaler = torch.amp.GradScaler(self._device_type, enabled=config.autocast == "float16")
 
     def step(
-        self, batches: BatchStream, number: int, method: SparseTraining | None = None
+        self, batches: BatchStream, number: int, method: SparseTraining | Cycle | None = None
     ) -> Tensor:
         """One optimizer step.
 

@@ -205,7 +205,7 @@ class Trainer:
         cycle, config = self.cycle, self.config
         span, done = cycle.span, cycle.step_index + 1
         assert self._batches is not None
-        loss = self._stepper.step(self._batches, done, self._method)
+        loss = self._stepper.step(self._batches, done, cycle)
         if self._method is not None:
             self._method.conceal()  # no one looks at what only the optimizer is to see
         if done % config.log_every == 0 or done == span.stop:
