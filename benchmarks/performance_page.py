@@ -15,6 +15,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from benchmarks.group_table import to_result
@@ -82,10 +83,23 @@ def fill(text: str, folder: Path = RESULTS) -> str:
     Raises:
         PageError: a region is not closed, has no result, or asks for an unknown view.
     """
+    return fill_regions(text, partial(render, folder=folder))
+
+
+def fill_regions(text: str, make: Callable[[str], str]) -> str:
+    """``text`` with every region made anew.
+
+    Args:
+        text: of a page.
+        make: name of a region -> what stands in it.
+
+    Raises:
+        PageError: a region is not closed.
+    """
 
     def region(match: re.Match[str]) -> str:
         name = match["name"]
-        return f"<!-- begin {name} -->\n{render(name, folder)}\n<!-- end {name} -->"
+        return f"<!-- begin {name} -->\n{make(name)}\n<!-- end {name} -->"
 
     closed = [match["name"] for match in REGION.finditer(text)]
     if names_of(text) != closed:

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.performance_page import RESULTS, ROOT, PageError, fill_regions, names_of
 from resu_compile.experiments.records import by_key, read_records
 from resu_compile.experiments.report import (
     cost_rows,
@@ -32,14 +32,10 @@ from resu_compile.experiments.report import (
 from resu_compile.experiments.report_plots import draw_groups
 from resu_compile.experiments.table import Group, group_runs
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
-RESULTS = Path(__file__).parent / "results"
 PLOTS = ROOT / "docs" / "plots"
 METHOD = "resu"
 LEFT_OUT = ("training", "densities")
-
-REGION = re.compile(r"<!-- begin (?P<name>\S+) -->\n.*?<!-- end (?P=name) -->", re.DOTALL)
 
 
 # -- parts of the page -------------------------------------------------------------------------
@@ -83,8 +79,8 @@ def pictures(name: str) -> str:
 
 def draw(text: str) -> None:
     """Make the pictures that ``text`` has a region for."""
-    for region in REGION.finditer(text):
-        name, _, part = region["name"].partition(":")
+    for region in names_of(text):
+        name, _, part = region.partition(":")
         if part == "pictures":
             draw_groups(_groups(name), PLOTS, highlight=METHOD)
 
@@ -119,14 +115,15 @@ def take(path: Path, name: str) -> Path:
     return target
 
 
-def filled(text: str) -> str:
-    """``text`` with each of its regions made anew."""
-
-    def region(found: re.Match[str]) -> str:
-        name, _, part = found["name"].partition(":")
-        return f"<!-- begin {found['name']} -->\n{PARTS[part](name)}\n<!-- end {found['name']} -->"
-
-    return REGION.sub(region, text)
+def render(name: str) -> str:
+    """What stands in the region ``name``, which is ``FILE:PART``."""
+    file, _, part = name.partition(":")
+    if part not in PARTS or not (RESULTS / f"{file}.jsonl").is_file():
+        raise PageError(
+            f"{name}: expected FILE:PART, with a part of {[*PARTS]} and a file of "
+            f"{sorted(found.stem for found in RESULTS.glob('*.jsonl'))}"
+        )
+    return PARTS[part](file)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -139,11 +136,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(take(Path(args.take[0]), args.take[1]))
     before = PAGE.read_text(encoding="utf-8")
     if args.check:
-        return int(before != filled(before))
+        return int(before != fill_regions(before, render))
     draw(before)
-    after = filled(before)
+    after = fill_regions(before, render)
     PAGE.write_text(after, encoding="utf-8")
-    print(f"{PAGE}: {len(REGION.findall(after))} regions")
+    print(f"{PAGE}: {len(names_of(after))} regions")
     return 0
 
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import results_page
+from benchmarks import performance_page, results_page
 from resu_compile.experiments.records import read_records
 
 
@@ -16,7 +16,7 @@ def test_the_page_is_up_to_date():
 
 def test_every_region_names_a_part_and_a_file():
     text = results_page.PAGE.read_text(encoding="utf-8")
-    names = [found["name"].partition(":") for found in results_page.REGION.finditer(text)]
+    names = [name.partition(":") for name in performance_page.names_of(text)]
     assert names
     for name, _, part in names:
         assert part in results_page.PARTS
@@ -39,3 +39,9 @@ def test_taking_keeps_the_newest_record_of_each_cell(monkeypatch, tmp_path, name
     source.write_text("".join(json.dumps(r) + "\n" for r in [older, *records]), encoding="utf-8")
     monkeypatch.setattr(results_page, "RESULTS", tmp_path)
     assert read_records(results_page.take(source, name)) == records
+
+
+@pytest.mark.parametrize("name", ["evidence_bytes:nothing", "nothing:scores"])
+def test_a_region_that_cannot_be_made_is_named(name):
+    with pytest.raises(performance_page.PageError, match=f"^{name}: expected FILE:PART"):
+        results_page.render(name)
