@@ -15,7 +15,7 @@ from resu_compile.distributions import DISTRIBUTIONS
 from resu_compile.errors import ArgumentError
 from resu_compile.methods import CalibratedMethod, GradientMethod, Method, get_method
 from resu_compile.patterns import pattern_masks
-from resu_compile.runtime.gradient_moments import GradientMoments
+from resu_compile.runtime.gradient_moments import GradientMoments, gradient_score
 from resu_compile.runtime.packed_masks import PackedMasks
 from resu_compile.selection import NamedWeight, check_values, matches
 from resu_compile.sparsity import global_topk_masks, keep_count, topk_mask
@@ -219,13 +219,7 @@ def _score(
     value = weight.parameter.detach()
     with torch.no_grad():
         if isinstance(method, GradientMethod):
-            if moments is None:
-                raise ArgumentError(
-                    f"method: expected another one than {type(method).__name__} for weights whose "
-                    "gradients nobody saw; call controller(model).track_gradients() before "
-                    "training, or choose 'magnitude'"
-                )
-            score = method.score_with(value, moments.mean_square(weight.name, value.device))
+            score = gradient_score(method, moments, weight.name, value, argument="method")
         else:
             score = method.score(value, generator)
     if score.shape != weight.parameter.shape or bool(torch.isnan(score).any()):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from resu_compile.kernels.mask_bits import unpack_mask
 from resu_compile.methods.saliency import Saliency
 from resu_compile.patterns import committed_layout
 from resu_compile.runtime.allocation import fixed_counts, new_masks
+from resu_compile.runtime.gradient_moments import gradient_score
 from resu_compile.runtime.gradient_score import LastGradients
 from resu_compile.runtime.group_tournament import pattern_tournament
 from resu_compile.runtime.tournament import amnesty_mask, ceiling_mask
@@ -81,9 +83,7 @@ def commit_masks(
     masks = {}
     for name, weight in weights.items():
         merit = _merit(score, name, weight.parameter.detach(), terms)
-        merit = merit.to(weight.bits.device, torch.promote_types(merit.dtype, torch.float32))
-        merit = _of_contenders(controller, weight, merit)
-        n_resurrected = _most(controller, weight, int(terms.budget * counts[name]))
+        merit, n_resurrected = _contest(controller, weight, merit, terms.budget * counts[name])
         if terms.kind == "ceiling":
             masks[name] = ceiling_mask(
                 merit, weight.mask, counts[name], n_resurrected, terms.margin
@@ -93,23 +93,22 @@ def commit_masks(
     return masks
 
 
-def _of_contenders(controller: Controller, weight: MaskedWeight, merit: Tensor) -> Tensor:
-    """``merit``, but last of all at the places that were not chosen to hold theta."""
+def _contest(
+    controller: Controller, weight: MaskedWeight, merit: Tensor, budget: float
+) -> tuple[Tensor, int]:
+    """Who scores what, on the device of the masks, and how many may come back at the most.
+
+    Where only chosen places hold theta, all others come last, and no more than these come back.
+    """
+    merit = merit.to(weight.bits.device, torch.promote_types(merit.dtype, torch.float32))
     running = controller.resurrection
     if running is None or running.config.places is None:
-        return merit
+        return merit, int(budget)
     held = running.held(weight)
     places = weight.mask if held is None else unpack_mask(held, weight.shape)
     last = -0.25 * torch.finfo(merit.dtype).max  # finite, and so are its differences
-    return torch.where(places, merit, last)
-
-
-def _most(controller: Controller, weight: MaskedWeight, budget: int) -> int:
-    """``budget``, or the number of places that hold theta if those are fewer."""
-    running = controller.resurrection
-    if running is None or running.config.places is None:
-        return budget
-    return min(budget, running.contenders(weight))
+    chosen = int(places.sum()) - weight.nnz
+    return torch.where(places, merit, last), min(int(budget), chosen)
 
 
 def _pattern_masks(
@@ -126,15 +125,14 @@ def _pattern_masks(
     masks = {}
     for name, weight in controller.weights.items():
         merit = _merit(score, name, weight.parameter.detach(), terms)
-        merit = merit.to(weight.bits.device, torch.promote_types(merit.dtype, torch.float32))
-        merit = _of_contenders(controller, weight, merit)
         n_keep = weight.numel // pattern.group * pattern.keep
+        merit, most = _contest(controller, weight, merit, terms.budget * n_keep)
         masks[name] = pattern_tournament(
             merit,
             weight.mask,
             layouts[name],
             pattern,
-            _most(controller, weight, int(terms.budget * n_keep)),
+            most,
             ceiling=terms.kind == "ceiling",
             margin=terms.margin,
         )
@@ -273,17 +271,7 @@ def _wanda(controller: Controller, calibration: Any) -> Score:
 
 def _saliency(controller: Controller, _calibration: Any) -> Score:
     """|W| (E[g^2])^(1/4): what the pruning method of that name goes by, theta included."""
-    method, moments = Saliency(), controller.moments
-    if moments is None:
-        raise ArgumentError(
-            "score: expected another one than 'saliency' without gradients; call "
-            "controller(model).track_gradients() before training, or choose 'magnitude'"
-        )
-
-    def score(name: str, value: Tensor) -> Tensor:
-        return method.score_with(value, moments.mean_square(name, value.device))
-
-    return score
+    return partial(gradient_score, Saliency(), controller.moments, argument="score")
 
 
 SCORES: dict[str, Callable[[Controller, Any], Score]] = {

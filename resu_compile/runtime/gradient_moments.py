@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from resu_compile.errors import ArgumentError, check_share
+from resu_compile.methods import GradientMethod
 
 DECAY = 0.99
 
@@ -31,6 +32,35 @@ class _OpenStep:
     grad: weakref.ref[Tensor]
     backward_count: int
     depth: int = 1
+
+
+def gradient_score(
+    method: GradientMethod,
+    moments: GradientMoments | None,
+    name: str,
+    value: Tensor,
+    *,
+    argument: str,
+) -> Tensor:
+    """The score of the weight ``name`` by ``method``.
+
+    Args:
+        method: scores by gradients.
+        moments: what is known of them; None if nobody saw them.
+        name: of the weight.
+        value: of the weight.
+        argument: that asked for the method, for the message.
+
+    Raises:
+        ArgumentError: nothing is known of them.
+    """
+    if moments is None:
+        raise ArgumentError(
+            f"{argument}: expected another one than {type(method).__name__} for weights whose "
+            "gradients nobody saw; call controller(model).track_gradients() before training, or "
+            "choose 'magnitude'"
+        )
+    return method.score_with(value, moments.mean_square(name, value.device))
 
 
 class GradientMoments:

@@ -240,7 +240,7 @@ def _prepare(optimizer: Optimizer, view: _View) -> None:
             if weight not in view.synced and not running.resumed:
                 _zero_on_first_sight(optimizer, view, parameter, weight)  # from before sparsify
             running.observe(optimizer, weight, parameter)
-            if not skipped_by_scaler(optimizer):
+            if running.has_to_choose(weight) and not skipped_by_scaler(optimizer):
                 running.choose(weight, parameter)
             if weight.live is not None:
                 weight.clean_gradient(parameter, running.routing)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from resu_compile.config import ResurrectionConfig
-from resu_compile.kernels.mask_bits import pack_mask, unpack_mask
+from resu_compile.kernels.mask_bits import pack_mask
 from resu_compile.phase import Routing
 from resu_compile.runtime.commit_report import CommitReport
 from resu_compile.runtime.gradient_score import LastGradients
@@ -85,7 +85,7 @@ class Resurrection:
         averaged by then.
         """
         share, grad = self.config.places, parameter.grad
-        if share is None or grad is None or weight.name in self.chosen:
+        if share is None or grad is None or not self.has_to_choose(weight):
             return
         mask = weight.mask
         count = min(int(share * weight.nnz), weight.numel - weight.nnz)
@@ -103,10 +103,9 @@ class Resurrection:
         chosen = self.chosen.get(weight.name)
         return None if chosen is None else chosen.to(weight.bits.device) | weight.bits
 
-    def contenders(self, weight: MaskedWeight) -> int:
-        """How many places of ``weight`` were chosen to hold theta."""
-        chosen = self.chosen.get(weight.name)
-        return 0 if chosen is None else int(unpack_mask(chosen, weight.shape).sum())
+    def has_to_choose(self, weight: MaskedWeight) -> bool:
+        """Whether the places of ``weight`` that hold theta are yet to be chosen."""
+        return self.config.places is not None and weight.name not in self.chosen
 
     @property
     def is_choosing(self) -> bool:
