@@ -24,6 +24,7 @@ from resu_compile.errors import (
 )
 from resu_compile.experiments.search import check_space, values_of
 from resu_compile.experiments.settings import DENSE, TRAINING, training_config
+from resu_compile.training.config import over
 from resu_compile.training.serialization import from_plain, read_data
 
 # what cells set themselves, what leaves no sparse model, and what ends runs at unequal steps
@@ -218,13 +219,10 @@ class ExperimentConfig:
     def training_of(self, method: MethodSpec) -> dict[str, Any]:
         """The fields of ``TrainingConfig`` that are set for ``method``: its own over those of all.
 
-        Where both have a mapping ``resurrection``, the method's changes the fields that it names.
+        Where both have a mapping ``resurrection`` or ``cycle``, the method's changes the fields
+        that it names.
         """
-        found = {**self.training, **method.training}
-        shared, own = (t.get("resurrection") for t in (self.training, method.training))
-        if isinstance(shared, Mapping) and isinstance(own, Mapping):
-            found["resurrection"] = {**shared, **own}
-        return found
+        return over(self.training, method.training)
 
     @property
     def results(self) -> Path:

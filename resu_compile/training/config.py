@@ -68,6 +68,21 @@ RESU_ONLY: Mapping[str, Any] = {"train": 0.0, "stabilize": 0.0, "resu": 1.0}
 TRIAL: Mapping[str, Any] = {"places": 0.05, "score": "saliency", "kind": "ceiling"}
 
 
+def over(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` over ``base``, field by field in the parts that are mappings on both sides.
+
+    Args:
+        base: fields of ``TrainingConfig``, ``cycle`` and ``resurrection`` as they were given:
+            ``rule="auto"`` is settled once built.
+        values: fields that change it.
+    """
+    found = {**base, **values}
+    for key in ("cycle", "resurrection"):
+        if isinstance(base.get(key), Mapping) and isinstance(values.get(key), Mapping):
+            found[key] = {**base[key], **values[key]}
+    return found
+
+
 @dataclass(frozen=True)
 class EarlyStop:
     """Stop when a metric of the evaluation has not improved for a while.
@@ -360,15 +375,11 @@ class TrainingConfig:
         check_known_keys(values, {f.name for f in fields(cls)} | {"preset"}, what="setting")
         from resu_compile.training.presets import preset_fields
 
-        base = preset_fields("default" if name is None else name)
-        for key in ("cycle", "resurrection"):
-            part = values.get(key, {})
-            if isinstance(part, Mapping):  # over what was given: rule="auto" is settled once built
-                values[key] = {**base[key], **part}
+        values = over(preset_fields("default" if name is None else name), values)
         for key, kind in _PARTS.items():
             if isinstance(values.get(key), Mapping):
                 values[key] = from_plain(kind, values[key], key)
-        return cls(**{**base, **values})
+        return cls(**values)
 
     def dump(self, path: str | Path) -> None:
         """Write the config to a ``.yaml``, ``.yml`` or ``.json`` file.

@@ -94,8 +94,8 @@ def preset(name: str, **changes: Any) -> TrainingConfig:
     Args:
         name: one of ``PRESETS``: ``"default"``, ``"published"``, ``"aggressive"``,
             ``"conservative"``, ``"densification"`` or ``"quick_test"``.
-        **changes: fields of ``TrainingConfig``; a mapping ``resurrection`` changes the fields that
-            it names.
+        **changes: fields of ``TrainingConfig``; a mapping ``resurrection`` or ``cycle`` changes the
+            fields that it names.
 
     Raises:
         ArgumentError: an unknown name or field, or a value that a field does not take.

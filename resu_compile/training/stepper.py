@@ -57,15 +57,13 @@ class Stepper:
         self.watch = LossWatch()
         self.scaler = torch.amp.GradScaler(self._device_type, enabled=config.autocast == "float16")
 
-    def step(
-        self, batches: BatchStream, number: int, method: SparseTraining | Cycle | None = None
-    ) -> Tensor:
+    def step(self, batches: BatchStream, number: int, run: SparseTraining | Cycle) -> Tensor:
         """One optimizer step.
 
         Args:
             batches: where ``config.accumulate`` of them are taken from.
             number: of the step, counted from 1, for messages.
-            method: looks at the gradients before they are clipped, and may take the step's place.
+            run: looks at the gradients before they are clipped, and may take the step's place.
 
         Returns:
             The mean loss of the batches, shape (), detached.
@@ -89,7 +87,7 @@ class Stepper:
             check_gradients(self._model.parameters(), number)
             self._checked = True
         scale = scaler.get_scale() if scaler.is_enabled() else 1.0
-        goes_on = method is None or method.after_backward(loss_scale=scale)
+        goes_on = run.after_backward(loss_scale=scale)
         if goes_on or not scaler.is_enabled():  # without gradients a step changes nothing
             if config.clip_norm is not None:
                 scaler.unscale_(self._optimizer)

@@ -12,7 +12,7 @@ from resu_compile.experiments.cells import build_cells
 from resu_compile.experiments.run_cell import cell_training
 from resu_compile.experiments.runner import describe
 from resu_compile.experiments.settings import training_config
-from resu_compile.training import preset
+from resu_compile.training import CycleShares, preset
 
 SEARCH = {"start": [0.05, 0.1, 0.2], "stop": {"low": 0.5, "high": 0.9}}
 
@@ -178,6 +178,16 @@ def test_fields_of_resurrection_are_changed_one_by_one(make_config, base):
         assert found == replace(whole, weight_decay=0.2, delta=1e-6, lr=lr, rule=rule)
         lrs.append(lr)
     assert lrs == [preset(base).resurrection.lr, 0.5]
+
+
+def test_shares_of_a_cycle_are_changed_one_by_one(make_config):
+    config = make_config(
+        training={"compile": False, "cycle": {"train": 0.5}},
+        methods=[{"name": "resu", "training": {"cycle": {"stabilize": 0.25}}}],
+        task={"steps": 400},
+    )
+    (cell,) = [cell for cell in build_cells(config) if cell.kind == "run"][:1]
+    assert cell_training(cell, config, {}, 400).cycle == CycleShares(0.5, 0.25, 1.0)
 
 
 def test_dense_has_a_mask_of_ones():
