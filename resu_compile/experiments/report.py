@@ -144,16 +144,24 @@ def difference_rows(group: Group, method: str) -> Rows:
 
 
 def cost_rows(group: Group) -> Rows:
-    """What each method did and spent at each sparsity."""
-    rows: Rows = [
-        ["method", "sparsity", "steps", "training FLOPs", "inference FLOPs", "Rs", "churn"]
-    ]
-    for (name, sparsity), runs in sorted(group.runs.items(), key=lambda item: item[0][1]):
-        paths = (("flops", "training"), ("flops", "inference"), ("ever_share",), ("mean_churn",))
-        costs = [group.values(name, sparsity, *path) for path in paths]
-        steps = sorted({record["steps"] for record in runs.values()})
-        shown = [f"{statistics.fmean(found):.3f}" if found else "-" for found in costs]
-        rows.append([name, f"{sparsity:.4g}", " ".join(map(str, steps)), *shown])
+    """What each method did and spent at each sparsity, and how well it knows its training data."""
+    columns: dict[str, tuple[str, ...]] = {
+        "training FLOPs": ("flops", "training"),
+        "inference FLOPs": ("flops", "inference"),
+        "Rs": ("ever_share",),
+        "churn": ("mean_churn",),
+        f"{group.metric} in training": ("scores", "training", group.metric),
+    }
+    values = {
+        place: {title: group.values(*place, *path) for title, path in columns.items()}
+        for place in sorted(group.runs, key=lambda place: place[1])
+    }
+    shown = [title for title in columns if any(found[title] for found in values.values())]
+    rows: Rows = [["method", "sparsity", "steps", *shown]]
+    for (name, sparsity), found in values.items():
+        steps = sorted({record["steps"] for record in group.runs[name, sparsity].values()})
+        means = [f"{statistics.fmean(found[t]):.3f}" if found[t] else "-" for t in shown]
+        rows.append([name, f"{sparsity:.4g}", " ".join(map(str, steps)), *means])
     return rows
 
 

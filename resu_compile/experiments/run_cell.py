@@ -123,6 +123,8 @@ def _run_cell(
     scores = {"validation": _last_evaluation(result.stats)}
     if cell.kind == "run":
         scores["test"] = scores_of(task, task.test, training.autocast)
+        if task.on_training is not None:
+            scores["training"] = scores_of(task, task.on_training, training.autocast)
     return {
         "steps": budget.steps,
         "metric": task.metric,
@@ -209,7 +211,7 @@ def scores_of(
 
     Args:
         task: with the model.
-        look: its ``evaluate`` or its ``test``.
+        look: its ``evaluate``, ``test`` or ``on_training``.
         autocast: dtype of mixed precision.
     """
     assert look is not None

@@ -56,6 +56,7 @@ def make(
         batches=[tuple(part[i : i + 16] for part in train) for i in range(0, 64, 16)],
         evaluate=score(validation),
         test=score(test),
+        on_training=score(train),
         example=(train[0][:1],),
     )
 

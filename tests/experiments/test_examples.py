@@ -97,7 +97,7 @@ def test_finetune_hf(tmp_path, capsys):
         ("experiment_small", 3 * (1 + 5 * 2)),
         ("ablations_bytes", 5 * (1 + 16 * 3)),
         ("ablations_digits", 5 * (1 + 16 * 3)),
-        ("evidence_bytes_1x", 5 * (1 + 8 * 2)),
+        ("evidence_bytes_1x", 5 * (1 + 8 * 4)),
     ],
 )
 def test_configs(name, runs):

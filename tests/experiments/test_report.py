@@ -12,7 +12,12 @@ import pytest
 from resu_compile.errors import ArgumentError
 from resu_compile.experiments.intervals import interval_of, paired_difference
 from resu_compile.experiments.records import append_record, read_records
-from resu_compile.experiments.report import difference_rows, metric_rows, write_report
+from resu_compile.experiments.report import (
+    cost_rows,
+    difference_rows,
+    metric_rows,
+    write_report,
+)
 from resu_compile.experiments.table import group_runs
 
 # bits per byte, so that less is better
@@ -149,6 +154,19 @@ def test_tables(results):
     assert rows["gmp"][0] == "-"
     assert rows["gmp"][1].endswith("level")
     assert rows["dense"][1].endswith("worse")
+
+
+def test_scores_on_training_data_where_a_task_gives_them(results):
+    (group,) = group_runs(read_records(results))
+    assert cost_rows(group)[0][-1] == "churn"
+    for seed, fit in enumerate([0.5, 0.6]):
+        scores = {"test": {"bits per byte": 0.9}, "training": {"bits per byte": fit}}
+        append_record(results, record("new", 0.9, seed, 0.9, scores=scores))
+    (group,) = group_runs(read_records(results))
+    head, *rows = cost_rows(group)
+    assert head[-1] == "bits per byte in training"
+    assert {row[0]: row[-1] for row in rows if row[1] == "0.9"}["new"] == "0.550"
+    assert {row[0]: row[-1] for row in rows if row[1] == "0.9"}["resu"] == "-"
 
 
 def test_files(results, tmp_path):

@@ -50,9 +50,11 @@ def assert_task(make, batches=3):
     one.model.eval()
     with torch.no_grad():
         validation, test = one.evaluate(one.model), one.test(one.model)
+        seen = test if one.on_training is None else one.on_training(one.model)
         one.model(*one.example)
-    assert set(validation) == set(test) >= {one.metric, "loss"}
+    assert set(validation) == set(test) == set(seen) >= {one.metric, "loss"}
     assert validation != test
+    assert (seen != test) == (one.on_training is not None)
     return one
 
 

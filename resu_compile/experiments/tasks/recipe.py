@@ -135,6 +135,7 @@ class Classification:
             batches=batches,
             evaluate=partial(_score, self.validation, self.test_batch),
             test=partial(_score, self.test, self.test_batch),
+            on_training=partial(_score, self.train, self.test_batch),
             scheduler=schedule(optimizer, steps),
             metric="accuracy",
             higher_is_better=True,

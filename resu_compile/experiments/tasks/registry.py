@@ -33,6 +33,8 @@ class ExperimentTask(TrainingTask):
 
     Attributes:
         test: ``(model) -> {metric: number}``, the metrics of ``evaluate``.
+        on_training: the same of data that were trained on, to tell what was learned from what was
+            learned by heart; None looks at none.
         metric: the one that methods are compared by.
         higher_is_better: whether more of it is better.
         example: inputs of one call of the model, for counting FLOPs; None counts one product for
@@ -41,6 +43,7 @@ class ExperimentTask(TrainingTask):
     """
 
     test: Evaluate | None = None
+    on_training: Evaluate | None = None
     metric: str = "loss"
     higher_is_better: bool = False
     example: tuple[Any, ...] | None = None

@@ -142,6 +142,7 @@ def byte_task(
         batches=partial(_batches, on_device["train"], size, seed),
         evaluate=partial(bits_per_byte, on_device["validation"], size),
         test=partial(bits_per_byte, on_device["test"], size),
+        on_training=partial(bits_per_byte, on_device["train"], size),
         scheduler=schedule(optimizer, steps),
         metric="bits per byte",
         example=(windows(on_device["train"], torch.zeros(1, dtype=torch.int64), size.context)[0],),
