@@ -73,7 +73,7 @@ def notes(name: str) -> str:
 
 def pictures(name: str) -> str:
     """The metric over sparsity and over training FLOPs, as ``draw`` has made them."""
-    found = [path for group in _groups(name) for path in sorted(PLOTS.glob(f"{group.slug}-*.png"))]
+    found = [path for group in _drawn(name) for path in sorted(PLOTS.glob(f"{group.slug}-*.png"))]
     return "\n\n".join(f"![{path.stem}](plots/{path.name})" for path in found)
 
 
@@ -82,7 +82,7 @@ def draw(text: str) -> None:
     for region in names_of(text):
         name, _, part = region.partition(":")
         if part == "pictures":
-            draw_groups(_groups(name), PLOTS, highlight=METHOD)
+            draw_groups(_drawn(name), PLOTS, highlight=METHOD)
 
 
 PARTS: dict[str, Callable[[str], str]] = {
@@ -102,6 +102,11 @@ def _records(name: str) -> list[dict[str, Any]]:
 
 def _groups(name: str) -> list[Group]:
     return group_runs(_records(name))
+
+
+def _drawn(name: str) -> list[Group]:
+    """A single sparsity makes no curve."""
+    return [group for group in _groups(name) if len(group.sparsities) > 1]
 
 
 def take(path: Path, name: str) -> Path:

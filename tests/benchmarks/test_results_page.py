@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -26,7 +27,10 @@ def test_every_region_names_a_part_and_a_file():
 def test_a_changed_number_is_found(monkeypatch, tmp_path):
     text = results_page.PAGE.read_text(encoding="utf-8")
     page = tmp_path / "results.md"
-    page.write_text(text.replace("1.1208", "1.0208"), encoding="utf-8")
+    begin = text.index(":scores -->")
+    number = re.compile(r"\d\.\d+").search(text, begin)
+    changed = text[: number.start()] + "7" + text[number.start() + 1 :]
+    page.write_text(changed, encoding="utf-8")
     monkeypatch.setattr(results_page, "PAGE", page)
     assert results_page.main(["--check"]) == 1
 
