@@ -6,6 +6,7 @@ Every message names the argument or the weight, what was expected, what came and
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from difflib import get_close_matches
 from numbers import Real
@@ -100,6 +101,15 @@ def check_known_keys(keys: Iterable[str], known: Iterable[str], *, what: str) ->
             close = get_close_matches(str(key), names, n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise ArgumentError(f"unknown {what} {key!r}{hint}; known: {', '.join(names)}")
+
+
+def check_path(value: object, *, name: str) -> str:
+    """``value`` as the text of a path, or an error that names the argument ``name``."""
+    if not isinstance(value, str | os.PathLike):
+        raise ArgumentTypeError(
+            f"{name}: expected a str or an os.PathLike, got {type(value).__name__}"
+        )
+    return os.fsdecode(value)
 
 
 def check_flag(value: object, *, name: str) -> bool:

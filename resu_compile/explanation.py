@@ -172,7 +172,9 @@ def explain(model: nn.Module, *inputs: Any, **kwargs: Any) -> Explanation:
         skipped = {n: "no matmul multiplies by it" for n in names.values() if n not in found}
     else:
         unused = dict.fromkeys(
-            controller.weights.keys() - found, "masked, but this call multiplies nothing by it"
+            controller.weights.keys() - found,
+            "masked, but no captured graph of this call multiplies by it: it is unused, or runs "
+            "eagerly beside a graph break",
         )
         skipped = {**controller.skipped, **dict(sorted(unused.items()))}
     device = next((str(p.device) for p in inner.parameters()), "cpu")

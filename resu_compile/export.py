@@ -29,6 +29,7 @@ from resu_compile.errors import (
     PhaseError,
     WeightError,
     check_choice,
+    check_path,
 )
 from resu_compile.passes.base import PassReport
 from resu_compile.passes.fold_commit import PACKED, fold_commit
@@ -70,7 +71,7 @@ def export(
         NotSparsifiedError: the model has no controller.
         PhaseError: the model is in phase DENSE or RESU.
         ArgumentError: ``mode`` or ``path`` cannot be used.
-        ArgumentTypeError: ``example_inputs`` is no tuple.
+        ArgumentTypeError: ``example_inputs`` is no tuple, or ``path`` no path.
         WeightError: a parameter or buffer is a tensor subclass, which a file could only pickle.
         Exception: whatever ``torch.export.export`` raises if it cannot trace the model.
     """
@@ -185,7 +186,7 @@ def _plain_eval(model: nn.Module) -> Iterator[None]:
 
 
 def _check_path(path: str | os.PathLike[str]) -> str:
-    target = os.fspath(path)
+    target = check_path(path, name="path")
     if not target.endswith(".pt2"):  # torch.export.load expects it
         raise ArgumentError(f"path: expected a name that ends in .pt2, got {target!r}")
     if not os.path.isdir(os.path.dirname(os.path.abspath(target))):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from resu_compile.artifact import Metadata, check_artifact, check_weights
-from resu_compile.errors import ArgumentError, ArtifactError, PhaseError, check_number
+from resu_compile.errors import ArgumentError, ArtifactError, PhaseError, check_number, check_path
 from resu_compile.passes.base import PassReport
 from resu_compile.passes.choose_kernels import choose_kernels
 from resu_compile.passes.move_device import move_device
@@ -63,14 +63,15 @@ def load(
         ArtifactError: the file is damaged, foreign, of a newer format, refused, or stored for a
             device that this machine does not have.
         ArgumentError: ``sparse_threshold`` is out of range.
-        ArgumentTypeError: ``sparse_threshold`` is neither a number nor ``"auto"``.
+        ArgumentTypeError: ``sparse_threshold`` is neither a number nor ``"auto"``, or ``path`` no
+            path.
         OSError: the file cannot be read.
     """
     if sparse_threshold != "auto":
         sparse_threshold = check_number(
             sparse_threshold, name="sparse_threshold", minimum=0, maximum=1
         )
-    name = os.fspath(path)
+    name = check_path(path, name="path")
     with open(name, "rb") as file:  # one handle: what is loaded is what was checked
         metadata = check_artifact(file, name)
         _check_environment(metadata, name)

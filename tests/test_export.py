@@ -381,6 +381,10 @@ def test_refused_arguments(tmp_path):
         export_masked(model, masks, (x,), tmp_path / "none" / "m.pt2")
     with pytest.raises(ArgumentTypeError, match=r"write \(example,\)"):
         export_masked(model, masks, x, path)
+    with pytest.raises(ArgumentTypeError, match=r"path: expected a str or an os.PathLike, got tup"):
+        export_masked(model, masks, path, (x,))
+    with pytest.raises(ArgumentTypeError, match="path: expected a str or an os.PathLike, got MLP"):
+        load(model)
     with pytest.raises(ArgumentError, match="got 'nope'"):
         export_masked(model, {"nope": masks["up.weight"]}, (x,), path)
     with pytest.raises(WeightError, match=r"mask of shape \(64, 32\)"):

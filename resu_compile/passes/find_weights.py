@@ -85,6 +85,8 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "convolution": _CONV,
     **{op: _CONV for op in _FUNCTIONS if op.startswith("conv") and op != "convolution"},
 }
+# whole layers, whose vectors are biases and scales
+_LAYERS = frozenset({"transformer_encoder_layer", "lstm", "gru", "rnn_tanh", "rnn_relu"})
 _PROJECTIONS = tuple(name for name in _NAMES["multi_head_attention"] if name.endswith("_weight"))
 
 _OTHERS_MATMULS = frozenset({"mm", "bmm", "addmm", "matmul", "gemm", "linear", "einsum"})
@@ -239,7 +241,8 @@ def _multiplied(
     elif op in _NAMES:
         places = _NAMES[op][1:] if len(_NAMES[op]) == 3 else _NAMES[op]  # addmm adds its first
     else:
-        return [arg for arg in node.all_input_nodes if arg in lineage]
+        found = [arg for arg in node.all_input_nodes if arg in lineage]
+        return [arg for arg in found if dims(arg) != 1] if op in _LAYERS else found
     return list(dict.fromkeys(v for v in map(values.get, places) if v in lineage))
 
 
