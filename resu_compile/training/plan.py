@@ -112,7 +112,7 @@ def build_plan(config: TrainingConfig) -> Plan:
     A stage whose share is 0 has no span; any other has a step at least.
 
     Raises:
-        ArgumentError: there are fewer steps than stages.
+        ArgumentError: there are fewer steps than stages, or none are left for the cycles.
     """
     share = default_warmup(config.sparsity) if config.warmup is None else config.warmup
     warm = _at_least_one(config.steps, share)
@@ -126,10 +126,11 @@ def build_plan(config: TrainingConfig) -> Plan:
     parts = [(stage, share) for stage, share in parts if share > 0.0]
     middle = config.steps - warm - tail
     if middle < config.cycles * len(parts):
+        least = _least_steps(config.cycles * len(parts), share, config.recovery)
         raise ArgumentError(
-            f"steps: expected at least {warm + tail + config.cycles * len(parts)} for "
-            f"{config.cycles} cycles of {len(parts)} stages, {warm} steps of warm-up and {tail} of "
-            f"recovery, got {config.steps}; take more steps or fewer cycles"
+            f"steps: expected at least {least} for {config.cycles} cycles of {len(parts)} stages "
+            f"between a warm-up of {share:.3g} and a recovery of {config.recovery:.3g} of the "
+            f"steps, got {config.steps}; take more steps or fewer cycles"
         )
     spans = [Span(0, warm, Stage.WARMUP, -1, 0.0)] if warm else []
     before = config.initial_sparsity
@@ -145,6 +146,20 @@ def build_plan(config: TrainingConfig) -> Plan:
     if tail:
         spans.append(Span(config.steps - tail, config.steps, Stage.RECOVER, -1, config.sparsity))
     return tuple(spans)
+
+
+def _least_steps(middle: int, warmup: float, recovery: float) -> int:
+    """How many steps leave ``middle`` of them to the cycles."""
+    rest = 1.0 - warmup - recovery
+    if rest <= 0.0:
+        raise ArgumentError(
+            "warmup, recovery: expected shares that leave steps for the cycles, got "
+            f"{warmup:.3g} and {recovery:.3g}, which are all steps"
+        )
+    steps = max(middle, int((middle - 1) / rest))  # two roundings make one step at most
+    while steps - _at_least_one(steps, warmup) - _at_least_one(steps, recovery) < middle:
+        steps += 1
+    return steps
 
 
 def _at_least_one(steps: int, share: float) -> int:

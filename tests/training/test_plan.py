@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -103,6 +104,26 @@ def test_too_few_steps_are_refused_with_the_number_that_is_needed():
     with pytest.raises(ArgumentError, match=r"steps: expected at least 17 for 5 cycles of 3 stage"):
         TrainingConfig(steps=16, warmup=0.05, recovery=0.05, cycles=5, cycle=CycleShares())
     TrainingConfig(steps=17, warmup=0.05, recovery=0.05, cycles=5, cycle=CycleShares())
+
+
+@given(
+    warmup=st.floats(0.01, 0.6), recovery=st.floats(0.0, 0.39), cycles=st.integers(1, 60)
+)  # whatever the shares, which grow along with the steps
+def test_the_number_that_is_needed_is_enough(warmup, recovery, cycles):
+    def make(steps):
+        return TrainingConfig(steps=steps, warmup=warmup, recovery=recovery, cycles=cycles)
+
+    with pytest.raises(ArgumentError) as caught:
+        make(cycles)
+    least = int(re.search(r"expected at least (\d+) ", str(caught.value))[1])
+    make(least)
+    with pytest.raises(ArgumentError, match=f"expected at least {least} "):
+        make(least - 1)
+
+
+def test_shares_that_leave_no_cycles_are_refused():
+    with pytest.raises(ArgumentError, match="warmup, recovery: expected shares that leave steps"):
+        TrainingConfig(warmup=0.6, recovery=0.4)
 
 
 @pytest.mark.parametrize(
