@@ -6,7 +6,8 @@
 Forward, backward and fused AdamW, under ``torch.compile``; on CUDA under bf16 autocast. "dense" is
 plain ``torch.compile``, "sparse" the SPARSE phase at 70 %, "resu" a resurrection by default, in
 which AdamW trains theta and the active weights alike; the others give theta a step of its own,
-beside active weights that train or are frozen. "resu.optim" steps them by
+beside active weights that train or are frozen. "resu of TrainingConfig" is the phase as its default
+runs it: theta in few places, and E[g^2] kept. "resu.optim" steps them by
 ``resu_compile.optim.AdamW``, "packed" with moments for the active places only; the rest by torch's.
 Steps of all take turns, in an order drawn anew for each round.
 """
@@ -23,7 +24,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pytest
 import torch
@@ -35,12 +36,14 @@ from benchmarks import harness
 from benchmarks.harness import CUDA, DEVICE, Entry, Group
 from benchmarks.results import Result
 from resu_compile.errors import NotSparsifiedError
+from resu_compile.training import TrainingConfig
 
 COMMAND = "python -m benchmarks.bench_train_step"
 SPARSITY = 0.7
 FROZEN = {"lr": 1e-3, "freeze_active": True}
 RESURRECTIONS = {
     "resu": {},
+    "resu of TrainingConfig": asdict(TrainingConfig().resurrection),
     "resu adam": {"lr": 1e-3},
     "resu adam, resu.optim": {"lr": 1e-3},
     "resu adam frozen": FROZEN,
@@ -130,7 +133,10 @@ def step_of(
     else:
         resu.sparsify(model, SPARSITY, sparse_threshold=1.0)
         if impl in RESURRECTIONS:
-            resu.controller(model).resurrect(**RESURRECTIONS[impl]).__enter__()
+            settings = RESURRECTIONS[impl]
+            if settings.get("score") == "saliency":
+                resu.controller(model).track_gradients()
+            resu.controller(model).resurrect(**settings).__enter__()
     options = {"lr": 1e-4, "weight_decay": 0.1, "fused": True}
     if "packed" in impl:
         optimizer = resu.optim.AdamW(model.parameters(), state="active", **options)
@@ -212,7 +218,9 @@ def peak_bytes(step: Callable[[], Tensor], model: nn.Module, optimizer: torch.op
     """Most memory in use at a time in a step: weights, masks, optimizer state and the rest."""
     kept = sum(parameter.nbytes for parameter in model.parameters()) + state_bytes(optimizer)
     with contextlib.suppress(NotSparsifiedError):
-        kept += sum(weight.bits.nbytes for weight in resu.controller(model).weights.values())
+        control = resu.controller(model)
+        kept += sum(weight.bits.nbytes for weight in control.weights.values())
+        kept += 4 * sum(weight.numel for weight in control.weights.values() if control.moments)
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()  # other models are among it
