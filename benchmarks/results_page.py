@@ -36,6 +36,7 @@ PAGE = ROOT / "docs" / "results.md"
 PLOTS = ROOT / "docs" / "plots"
 METHOD = "resu"
 LEFT_OUT = ("training", "densities")
+LEFT_OUT_OF_ENVIRONMENT = ("platform",)
 
 
 # -- parts of the page -------------------------------------------------------------------------
@@ -112,12 +113,17 @@ def _drawn(name: str) -> list[Group]:
 def take(path: Path, name: str) -> Path:
     """Keep the records of ``path`` under ``name``, the newest of each cell."""
     target = RESULTS / f"{name}.jsonl"
-    kept = [
-        {key: value for key, value in record.items() if key not in LEFT_OUT}
-        for record in by_key(read_records(path)).values()
-    ]
+    kept = [_trimmed(record) for record in by_key(read_records(path)).values()]
     target.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     return target
+
+
+def _trimmed(record: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in record.items() if key not in LEFT_OUT}
+    if "environment" in kept:
+        own = kept["environment"].items()
+        kept["environment"] = {k: v for k, v in own if k not in LEFT_OUT_OF_ENVIRONMENT}
+    return kept
 
 
 def render(name: str) -> str:

@@ -39,8 +39,9 @@ def test_a_changed_number_is_found(monkeypatch, tmp_path):
 def test_taking_keeps_the_newest_record_of_each_cell(monkeypatch, tmp_path, name):
     records = read_records(results_page.RESULTS / f"{name}.jsonl")
     older = {**records[0], "scores": {}, "training": {"steps": 1}}
+    whole = [{**r, "environment": {**r["environment"], "platform": "Linux"}} for r in records]
     source = tmp_path / "runs.jsonl"
-    source.write_text("".join(json.dumps(r) + "\n" for r in [older, *records]), encoding="utf-8")
+    source.write_text("".join(json.dumps(r) + "\n" for r in [older, *whole]), encoding="utf-8")
     monkeypatch.setattr(results_page, "RESULTS", tmp_path)
     assert read_records(results_page.take(source, name)) == records
 

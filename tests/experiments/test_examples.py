@@ -93,10 +93,10 @@ def test_finetune_hf(tmp_path, capsys):
     ("name", "runs"),
     [
         ("evidence_bytes", 2 * 5 * (1 + 14 * 4)),
-        ("evidence_digits", 5 * (1 + 14 * 3)),
+        ("evidence_digits", 20 * (1 + 14 * 3)),
         ("experiment_small", 3 * (1 + 5 * 2)),
         ("ablations_bytes", 5 * (1 + 16 * 3)),
-        ("ablations_digits", 5 * (1 + 16 * 3)),
+        ("ablations_digits", 10 * (1 + 16 * 3)),
         ("evidence_bytes_1x", 5 * (1 + 8 * 4)),
     ],
 )
