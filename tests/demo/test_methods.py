@@ -116,7 +116,7 @@ def test_resu_is_the_default_and_the_others_prune_by_magnitude():
         ({"steps": 120, "prunings": 0}, 0.7, "cycles: expected an integer >= 1"),
         ({"steps": 0}, 0.7, "steps: expected an integer >= 1"),
         ({"steps": 120}, 1.0, "sparsity: expected a number in"),
-        ({"steps": 120, "ramp": (0.9, 0.75)}, 0.7, "steps: expected at least"),
+        ({"steps": 120, "ramp": (0.9, 0.75)}, 0.7, "warmup, recovery: expected shares"),
     ],
 )
 def test_names_what_cannot_be_planned(changes, sparsity, message):
