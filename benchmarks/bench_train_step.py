@@ -24,7 +24,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -36,14 +36,14 @@ from benchmarks import harness
 from benchmarks.harness import CUDA, DEVICE, Entry, Group
 from benchmarks.results import Result
 from resu_compile.errors import NotSparsifiedError
-from resu_compile.training import TrainingConfig
+from resu_compile.training.config import TRIAL
 
 COMMAND = "python -m benchmarks.bench_train_step"
 SPARSITY = 0.7
 FROZEN = {"lr": 1e-3, "freeze_active": True}
 RESURRECTIONS = {
     "resu": {},
-    "resu of TrainingConfig": asdict(TrainingConfig().resurrection),
+    "resu of TrainingConfig": TRIAL,
     "resu adam": {"lr": 1e-3},
     "resu adam, resu.optim": {"lr": 1e-3},
     "resu adam frozen": FROZEN,
@@ -220,7 +220,8 @@ def peak_bytes(step: Callable[[], Tensor], model: nn.Module, optimizer: torch.op
     with contextlib.suppress(NotSparsifiedError):
         control = resu.controller(model)
         kept += sum(weight.bits.nbytes for weight in control.weights.values())
-        kept += 4 * sum(weight.numel for weight in control.weights.values() if control.moments)
+        if control.moments is not None:
+            kept += 4 * sum(weight.numel for weight in control.weights.values())
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()  # other models are among it

@@ -17,8 +17,8 @@ from resu_compile.demo.deploy import ExportCheck, export_and_check, inference_ms
 from resu_compile.demo.plot import format_metric, plot_runs
 from resu_compile.demo.tasks import Task, Training
 from resu_compile.demo.training import Method, Run, train
-from resu_compile.training.baselines import one_shot_config
-from resu_compile.training.config import CycleShares, TrainingConfig
+from resu_compile.training.baselines import PRUNE_ONLY, one_shot_config
+from resu_compile.training.config import TrainingConfig
 from resu_compile.training.presets import preset
 
 
@@ -58,7 +58,7 @@ def methods(training: Training, config: DemoConfig) -> tuple[Method, ...]:
         warmup=begin,
         recovery=1.0 - end,
         cycles=training.prunings,
-        cycle=CycleShares(train=0.0, stabilize=1.0, resu=0.0),
+        cycle=PRUNE_ONLY,
         sparsity=config.sparsity,
         method="magnitude",
     )

@@ -15,7 +15,7 @@ from dataclasses import replace
 from resu_compile.errors import ArgumentError, check_integer
 from resu_compile.training.config import CycleShares, TrainingConfig
 
-_PRUNE_ONLY = CycleShares(train=0.0, stabilize=1.0, resu=0.0)
+PRUNE_ONLY = CycleShares(train=0.0, stabilize=1.0, resu=0.0)
 
 
 def gradual_config(config: TrainingConfig) -> TrainingConfig:
@@ -50,11 +50,11 @@ def one_shot_config(config: TrainingConfig, *, prune_at: int) -> TrainingConfig:
         warmup=prune_at / config.steps,
         recovery=0.0,
         cycles=1,
-        cycle=_PRUNE_ONLY,
+        cycle=PRUNE_ONLY,
         schedule="constant",
     )
 
 
 def dense_config(config: TrainingConfig) -> TrainingConfig:
     """``config`` with nothing pruned, for what trains by a plan in any case."""
-    return replace(config, sparsity=0.0, cycles=1, cycle=_PRUNE_ONLY, schedule="constant")
+    return replace(config, sparsity=0.0, cycles=1, cycle=PRUNE_ONLY, schedule="constant")
