@@ -14,6 +14,7 @@ from resu_compile.errors import (
     ArgumentError,
     ArgumentTypeError,
     check_choice,
+    check_flag,
     check_known_keys,
     check_number,
     check_share,
@@ -26,6 +27,7 @@ Predicate = Callable[[str, Tensor], bool]
 
 RULES = ("auto", "optimizer", "sgd", "momentum", "adam", "selective", "subset")
 SCORES = ("magnitude", "saliency", "gradient", "growth", "wanda")
+STRATEGIES = ("amnesty", "open", "merge", "reprune")
 DEFAULT_SPARSITY = 0.7
 DEFAULT_EXCLUDE: tuple[str, ...] = ("*lm_head*",)
 
@@ -224,6 +226,10 @@ class ResurrectionConfig:
         alpha: ``"subset"``: share of the pruned places that moves.
         subset_by: ``"subset"``: ``"random"`` draws it, ``"gradient"`` takes the largest |g|.
         refresh: ``"subset"``: steps after which it is chosen again; 0 keeps it all phase long.
+        hidden: True keeps theta out of forward passes, which see 0 at the pruned places. Gradients
+            reach these all the same, straight through the mask, and theta goes by them; it costs
+            one copy of each weight. ``Cycle`` then lets theta of those that are not resurrected go
+            on in the next cycle, where that begins with a resurrection.
         places: how many pruned places hold theta, as a share of the places that are kept: those
             with the largest |g| of the first step, which computes a dense gradient for it. The
             others stay 0. None lets all of them hold theta.
@@ -233,7 +239,8 @@ class ResurrectionConfig:
             ``"growth"`` |W| of the active and |g| of the pruned, for a quota, whose groups do not
             meet; ``"wanda"`` |W| times the norm of its input, which ``commit(calibration=...)``
             measures; or a callable (name, weight) -> score tensor.
-        strategy: ``"amnesty"``, ``"merge"`` or ``"reprune"``; each keeps an N:M pattern.
+        strategy: ``"amnesty"``, ``"open"``, ``"merge"`` or ``"reprune"``; each keeps an N:M pattern
+            (docs/phases.md).
         kind: of ``"amnesty"``: ``"quota"`` gives the resurrected all places of the budget, whatever
             they score, as published; ``"ceiling"`` at most these, and each only to one whose score
             is over (1 + ``margin``) times that of the active one it displaces.
@@ -262,10 +269,11 @@ class ResurrectionConfig:
     alpha: float = 0.2
     subset_by: Literal["random", "gradient"] = "random"
     refresh: int = 0
+    hidden: bool = False
     places: float | None = None
     budget: float = 0.02
     score: str | Callable[[str, Tensor], Tensor] = "magnitude"
-    strategy: Literal["amnesty", "merge", "reprune"] = "amnesty"
+    strategy: Literal["amnesty", "open", "merge", "reprune"] = "amnesty"
     kind: Literal["quota", "ceiling"] = "quota"
     margin: float = 0.0
 
@@ -296,6 +304,7 @@ class ResurrectionConfig:
         object.__setattr__(self, "betas", tuple(self.betas))
         self._settle_freeze()
         self._settle_rule()
+        self._check_hidden()
         self._check_places()
         check_commit(self.budget, self.score, self.strategy, self.kind, self.margin)
         if self.score == "gradient" and self.freeze_active:
@@ -303,6 +312,16 @@ class ResurrectionConfig:
                 "score: expected another one than 'gradient' with frozen active weights, which get "
                 "no gradient to be scored by; set freeze_active=False or score='magnitude'"
             )
+
+    def _check_hidden(self) -> None:
+        check_flag(self.hidden, name="hidden")
+        for name, plain in (("storage", "inplace"), ("places", None)):
+            if self.hidden and getattr(self, name) != plain:
+                raise ArgumentError(
+                    f"{name}: expected {plain!r} with hidden=True, which keeps theta of all pruned "
+                    f"places beside the weights, got {getattr(self, name)!r}; set hidden=False "
+                    "('hidden: false' in a file)"
+                )
 
     def _check_places(self) -> None:
         if self.places is None:
@@ -345,7 +364,7 @@ def check_commit(
 ) -> None:
     """Check the arguments of a commit."""
     check_number(budget, name="budget", minimum=0.0, maximum=1.0)
-    check_choice(strategy, ("amnesty", "merge", "reprune"), name="strategy")
+    check_choice(strategy, STRATEGIES, name="strategy")
     check_choice(kind, ("quota", "ceiling"), name="kind")
     check_number(margin, name="margin", minimum=0.0, expected="a number >= 0")
     if not callable(score):

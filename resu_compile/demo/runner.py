@@ -59,6 +59,7 @@ def methods(training: Training, config: DemoConfig) -> tuple[Method, ...]:
         recovery=1.0 - end,
         cycles=training.prunings,
         cycle=PRUNE_ONLY,
+        schedule="cubic",
         sparsity=config.sparsity,
         method="magnitude",
     )

@@ -13,7 +13,7 @@ from resu_compile.comparison import parse_pattern
 from resu_compile.config import SparsityConfig
 from resu_compile.distributions import DISTRIBUTIONS
 from resu_compile.errors import ArgumentError
-from resu_compile.methods import CalibratedMethod, GradientMethod, Method, get_method
+from resu_compile.methods import CalibratedMethod, GradientMethod, get_method
 from resu_compile.patterns import pattern_masks
 from resu_compile.runtime.gradient_moments import GradientMoments, gradient_score
 from resu_compile.runtime.packed_masks import PackedMasks
@@ -76,7 +76,7 @@ def new_masks(
         assert calibration is not None
         assert model is not None
         return _calibrated(method, weights, config, generator, active, calibration, model)
-    score = partial(_score, method, generator=generator, moments=moments)
+    score = partial(score_of, config=config, generator=generator, moments=moments)
     if config.scope == "global" and config.pattern is None:
         return _ranked_together(weights, config, score, active or {})
     # one weight at a time: the scores of all would be a second copy of the model
@@ -209,14 +209,19 @@ def overridden(weights: Sequence[NamedWeight], config: SparsityConfig) -> Mappin
     return found
 
 
-def _score(
-    method: Method | GradientMethod,
+def score_of(
     weight: NamedWeight,
-    *,
+    config: SparsityConfig,
     generator: torch.Generator,
     moments: GradientMoments | None,
 ) -> Tensor:
-    value = weight.parameter.detach()
+    """Score of each entry of ``weight`` by the method of ``config``, which is not calibrated.
+
+    Raises:
+        ArgumentError: the scores are NaN or of another shape.
+    """
+    method, value = get_method(config.method), weight.parameter.detach()
+    assert not isinstance(method, CalibratedMethod)
     with torch.no_grad():
         if isinstance(method, GradientMethod):
             score = gradient_score(method, moments, weight.name, value, argument="method")

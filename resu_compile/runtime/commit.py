@@ -1,11 +1,13 @@
 """Commit of a RESU phase: which places are active afterwards.
 
 amnesty   a tournament inside each weight (runtime/tournament.py), with the weight's own count
+open      all places compete by the pruning method, of the pruned ones the best few
+          (runtime/open_contest.py)
 reprune   all places compete by the pruning method
 merge     all places stay
 
-Under an N:M pattern all of them keep it: amnesty is a tournament of exchanges inside the groups
-(runtime/group_tournament.py), and merge, which cannot keep all, keeps the N best of each group.
+Under an N:M pattern all of them keep it: amnesty and open are a tournament of exchanges inside the
+groups (runtime/group_tournament.py), and merge, which cannot keep all, keeps the N best of each.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from resu_compile.runtime.allocation import fixed_counts, new_masks
 from resu_compile.runtime.gradient_moments import gradient_score
 from resu_compile.runtime.gradient_score import LastGradients
 from resu_compile.runtime.group_tournament import pattern_tournament
+from resu_compile.runtime.open_contest import open_masks
 from resu_compile.runtime.tournament import amnesty_mask, ceiling_mask
 
 if TYPE_CHECKING:
@@ -66,8 +69,10 @@ def commit_masks(
         if calibration is not None:
             raise ArgumentError("calibration: expected None with strategy='merge', which keeps all")
         return {name: torch.ones_like(weight.mask) for name, weight in weights.items()}
+    chosen = controller.config if pruning is None else pruning
+    if terms.strategy == "open":
+        return open_masks(controller, chosen, terms.budget)
     if terms.strategy == "reprune":
-        chosen = controller.config if pruning is None else pruning
         return new_masks(
             controller.named_weights(),
             chosen,
@@ -118,9 +123,9 @@ def _pattern_masks(
     assert controller.config.pattern is not None
     pattern = parse_pattern(controller.config.pattern)
     layouts = pattern_layouts(controller)
-    merging = terms.strategy == "merge"
-    if merging:  # all may come back that score higher than who is there
-        terms = replace(terms, kind="ceiling", margin=0.0, budget=1.0)
+    if terms.strategy in ("merge", "open"):  # all may come back that score higher than who is there
+        most = 1.0 if terms.strategy == "merge" else terms.budget
+        terms = replace(terms, kind="ceiling", margin=0.0, budget=most)
     score = score_function(controller, terms.score, calibration)
     masks = {}
     for name, weight in controller.weights.items():
@@ -156,7 +161,7 @@ def pattern_layouts(controller: Controller) -> dict[str, RowLayout]:
 
 def takes_score(config: SparsityConfig, strategy: str) -> bool:
     """True if a commit by ``strategy`` looks at scores of its own, not at those of a method."""
-    return strategy == "amnesty" or (strategy == "merge" and config.pattern is not None)
+    return strategy == "amnesty" or (strategy in ("merge", "open") and config.pattern is not None)
 
 
 def kept_counts(controller: Controller, pruning: SparsityConfig) -> dict[str, int]:

@@ -27,6 +27,7 @@ from resu_compile.errors import (
     NotSparsifiedError,
     PhaseError,
     WeightError,
+    check_flag,
     check_known_keys,
     check_sparsity,
 )
@@ -42,6 +43,7 @@ from resu_compile.runtime.gradient_moments import DECAY, GradientMoments
 from resu_compile.runtime.gradient_score import all_finite
 from resu_compile.runtime.mask_history import MaskHistory
 from resu_compile.runtime.module_hooks import AfterForward, BeforeForward, ControllerSlot
+from resu_compile.runtime.open_contest import limit_entry
 from resu_compile.runtime.optimizer_state import zero_state
 from resu_compile.runtime.resurrection import Resurrection
 from resu_compile.selection import NamedWeight, check_overrides, check_values
@@ -199,11 +201,12 @@ class Controller:
         check a weight. Writes through ``.data`` pass that check; they are found at the first and
         then at every 32nd optimizer step.
         """
-        sparse = self._phase is Phase.SPARSE
+        running = self.resurrection
+        if running is not None:
+            running.recover(self._weights)
+        sees_zeros = self._phase is Phase.SPARSE or (running is not None and running.config.hidden)
         for weight in self._weights.values():
-            weight.refresh(sparse)
-        if self.resurrection is not None:
-            self.resurrection.recover(self._weights)
+            weight.refresh(sees_zeros)
 
     # -- phase ---------------------------------------------------------------------------------
     @property
@@ -395,28 +398,41 @@ class Controller:
             for name, weight in self._weights.items()
         ]
 
-    def _apply(self, masks: Mapping[str, Tensor], strategy: str) -> CommitReport:
+    def _apply(
+        self, masks: Mapping[str, Tensor], strategy: str, *, going_on: Resurrection | None = None
+    ) -> CommitReport:
         """Change the masks' contents, weights and optimizer state; ends in SPARSE.
 
         Newly pruned: weight and optimizer state 0. Newly active: the weight as it is, state 0.
         Survivors: untouched. After the DENSE phase, which trains every place, all kept survive.
+
+        Args:
+            masks: parameter name -> bool mask.
+            strategy: what the report calls it.
+            going_on: the phase stays RESU; pruned places keep its theta, and theta's state.
         """
         if self.agree is not None:
             masks = self.agree(self, masks)
+        if strategy == "open" and self.resurrection is not None and self.resurrection.hidden:
+            limit_entry(self, masks)
         rows = {}
         counts = {name: weight.nnz for name, weight in self._weights.items()}
         for name, weight in self._weights.items():
             old, new = weight.mask, masks[name].to(weight.bits.device)
-            survivors = pack_mask(new if self._phase is Phase.DENSE else old & new)
+            kept = new if self._phase is Phase.DENSE else old & new
+            survivors = pack_mask(kept if going_on is None else kept | ~(old | new))
             self.history.record(weight)
-            with optimizer_hooks.state_follows(weight, survivors):
+            with optimizer_hooks.state_follows(weight, survivors, packed=going_on is None):
                 weight.set_mask(new)
             self.history.record(weight)
+            if going_on is not None:
+                going_on.settle(weight, old)
             rows[name] = compare_masks(old, new, self.history.ever_active(weight))
         if any(self._weights[name].nnz != count for name, count in counts.items()):
             self.structure += 1
-        self._phase = Phase.SPARSE
-        self.resurrection = None
+        if going_on is None:
+            self._phase = Phase.SPARSE
+            self.resurrection = None
         self.epoch += 1
         self.refresh()
         return CommitReport(strategy, rows)
@@ -494,7 +510,9 @@ class Controller:
         kind: str | None = None,
         margin: float | None = None,
         sparsity: float | None = None,
+        overrides: Mapping[str, float] | None = None,
         calibration: Any = None,
+        go_on: bool = False,
     ) -> CommitReport:
         """End the RESU phase: decide who is active from now on.
 
@@ -503,10 +521,11 @@ class Controller:
             score: ``"magnitude"`` |W|, ``"gradient"`` |W| |g|, ``"wanda"`` |W| times the norm of
                 its input, or a callable (name, weight) -> score tensor of its shape.
             strategy: ``"amnesty"`` is a tournament inside each weight, between active and
-                resurrected; ``"reprune"`` lets all compete by the pruning method; ``"merge"`` keeps
-                all theta, so that density grows to 1. Under a pattern each keeps N of each M:
-                ``"amnesty"`` exchanges inside the groups, up to the budget over all of them, and
-                ``"merge"`` keeps the best N of each group.
+                resurrected; ``"open"`` lets all weights' places compete by the pruning method, of
+                the pruned no more than the budget; ``"reprune"`` the same without a budget;
+                ``"merge"`` keeps all theta, so that density grows to 1. Under a pattern each keeps
+                N of each M: ``"amnesty"`` and ``"open"`` exchange inside the groups, up to the
+                budget over all of them, and ``"merge"`` keeps the best N of each group.
             kind: of ``"amnesty"``: with ``"quota"`` the best of the resurrected take the whole
                 budget; with ``"ceiling"`` they take at most that, each from an active one that it
                 beats by ``margin``.
@@ -514,8 +533,11 @@ class Controller:
             sparsity: overall sparsity from now on, in [0, 1), spread over the weights as ``prune``
                 would; places that no active one holds go to the best of the pruned. None keeps
                 each weight's count.
+            overrides: with ``sparsity``: as in ``prune``; None keeps those asked for last.
             calibration: of ``score="wanda"``, or of ``"reprune"`` by a calibrated method: inputs to
                 measure, as ``prune`` takes them.
+            go_on: True holds the tournament in the middle of a resurrection with ``hidden=True``:
+                the phase stays resu, and theta of those that did not come back goes on.
 
         None takes what ``resurrect`` was given.
 
@@ -555,11 +577,27 @@ class Controller:
                     "sparsity: expected None or 0.0 with strategy='merge', which keeps all places, "
                     f"got {sparsity!r}; strategy='amnesty' takes a new sparsity"
                 )
-            pruning = replace(self.config, sparsity=check_sparsity(sparsity), from_zeros=False)
+            pruning = replace(
+                self.config,
+                sparsity=check_sparsity(sparsity),
+                overrides=self.config.overrides if overrides is None else overrides,
+                from_zeros=False,
+            )
+        elif overrides is not None:
+            raise ArgumentError(
+                "overrides: expected None without sparsity, which keeps each weight's count, got "
+                f"{dict(overrides)!r}"
+            )
+        if check_flag(go_on, name="go_on") and running.hidden is None:
+            raise ArgumentError(
+                "go_on: expected False unless theta is hidden, because the network has come to use "
+                "what it sees; resurrect(hidden=True), or commit and resurrect again"
+            )
         self.refresh()
-        check_values(self.named_weights())
-        masks = commit_masks(self, terms, pruning, calibration)
-        running.report = self._apply(masks, terms.strategy)
+        with running.shown(self._weights):
+            check_values(self.named_weights())
+            masks = commit_masks(self, terms, pruning, calibration)
+            running.report = self._apply(masks, terms.strategy, going_on=running if go_on else None)
         self.config = pruning or self.config
         return running.report
 

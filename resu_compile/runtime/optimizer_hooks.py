@@ -121,12 +121,15 @@ def mark_synced(optimizer: Optimizer, weight: MaskedWeight) -> None:
 
 
 @contextmanager
-def state_follows(weight: MaskedWeight, survivors: Tensor) -> Iterator[None]:
+def state_follows(
+    weight: MaskedWeight, survivors: Tensor, *, packed: bool = True
+) -> Iterator[None]:
     """Around a change of ``weight``'s mask: its state becomes 0 wherever it does not survive.
 
     Args:
         weight: whose mask changes inside the block.
         survivors: packed mask of the places whose state stays as it is.
+        packed: False where pruned places have state as well, which no optimizer may pack away.
     """
     parameter, optimizers = weight.parameter, optimizers_of(weight)
     for optimizer in optimizers:
@@ -135,7 +138,7 @@ def state_follows(weight: MaskedWeight, survivors: Tensor) -> Iterator[None]:
     yield
     for optimizer in optimizers:
         zero_state(optimizer, parameter, survivors, keep=True)
-        if isinstance(optimizer, MaskedOptimizer) and optimizer.packs_state:
+        if packed and isinstance(optimizer, MaskedOptimizer) and optimizer.packs_state:
             optimizer.pack_state(parameter, weight)
         mark_synced(optimizer, weight)
     running = weight.controller.resurrection
@@ -245,6 +248,7 @@ def _prepare(optimizer: Optimizer, view: _View) -> None:
             if weight.live is not None:
                 weight.clean_gradient(parameter, running.routing)
             nested = running.is_nested(optimizer, weight)
+            running.show(weight, parameter)
         moments, grad = controller.moments, parameter.grad
         if (
             moments is not None
@@ -349,7 +353,7 @@ def _finish(optimizer: Optimizer, view: _View, *, final: bool) -> None:
         is_exact = parameter.dtype != torch.float16
         if controller.phase is Phase.RESU:
             assert controller.resurrection is not None
-            controller.resurrection.after_step(weight)
+            controller.resurrection.after_step(weight, parameter)
             exact = elementwise and is_exact and weight.trusts_versions
             held = None if exact or not final else controller.resurrection.held(weight)
             if held is not None:

@@ -9,7 +9,8 @@ Source: RESU (huy209vn/RESU, PAPER_METHOD_RESU_SELECTIVE.md)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -21,6 +22,7 @@ from resu_compile.kernels.mask_bits import pack_mask
 from resu_compile.phase import Routing
 from resu_compile.runtime.commit_report import CommitReport
 from resu_compile.runtime.gradient_score import LastGradients
+from resu_compile.runtime.hidden_theta import HiddenTheta
 from resu_compile.runtime.rules import state_names
 from resu_compile.runtime.set_aside import SetAside
 from resu_compile.runtime.theta import Theta
@@ -36,6 +38,7 @@ class Resurrection:
         thetas: weight name -> its theta.
         report: what the commit did, once there was one.
         gradients: those of the last step, if the commit is to score by them.
+        hidden: theta, if forward passes do not see it.
         resumed: True if it came out of a ``state_dict``.
         chosen: weight name -> packed mask of the pruned places that hold theta, once
             ``config.places`` has chosen them.
@@ -54,6 +57,7 @@ class Resurrection:
         self._hidden: dict[str, SetAside] = {}
         by_gradient = config.score in ("gradient", "growth")
         self.gradients = LastGradients() if by_gradient else None
+        self.hidden = HiddenTheta() if config.hidden else None
 
     @property
     def routing(self) -> Routing:
@@ -71,6 +75,8 @@ class Resurrection:
     ) -> None:
         """Write the first theta into the pruned places of ``parameter``."""
         self.theta_of(weight).begin(weight, parameter, generator)
+        if self.hidden is not None:
+            self.hidden.begin(weight, parameter)
 
     def theta_of(self, weight: MaskedWeight) -> Theta:
         """Theta of ``weight``."""
@@ -125,9 +131,14 @@ class Resurrection:
         """Whether ``optimizer`` steps within the step() of another, so that theta has moved."""
         hidden = self._hidden.get(weight.name)
         if hidden is None or hidden.backward_count != weight.backward_count:
-            return False
+            return self.hidden is not None and self.hidden.is_shown(weight)
         hidden.enter(optimizer)
         return True
+
+    def show(self, weight: MaskedWeight, parameter: nn.Parameter) -> None:
+        """Let the weight show theta until ``after_step``."""
+        if self.hidden is not None:
+            self.hidden.show(weight, parameter)
 
     def before_step(
         self,
@@ -157,8 +168,8 @@ class Resurrection:
         else:
             hidden.keep_active()
 
-    def after_step(self, weight: MaskedWeight) -> None:
-        """Put back what ``before_step`` hid."""
+    def after_step(self, weight: MaskedWeight, parameter: nn.Parameter) -> None:
+        """Put back what ``before_step`` hid, and hide what ``show`` showed."""
         hidden = self._hidden.get(weight.name)
         if hidden is not None:
             hidden.depth -= 1
@@ -166,11 +177,36 @@ class Resurrection:
                 del self._hidden[weight.name]
                 hidden.restore_gradient()
                 hidden.restore_weight()
+        if self.hidden is not None:
+            self.hidden.hide(weight, parameter)
+
+    @contextmanager
+    def shown(self, weights: Mapping[str, MaskedWeight]) -> Iterator[None]:
+        """Let the weights show theta inside the block, which is to commit; not if it raises."""
+        if self.hidden is not None:
+            for weight in weights.values():
+                self.hidden.show(weight, weight.parameter)
+        try:
+            yield
+        except BaseException:
+            if self.hidden is not None:
+                for weight in weights.values():
+                    self.hidden.recover(weight)
+                    weight.enforce_zeros(weight.parameter)
+            raise
+
+    def settle(self, weight: MaskedWeight, before: Tensor) -> None:
+        """Go on under a new mask of ``weight``, whose mask was ``before`` (bool)."""
+        assert self.hidden is not None
+        self.hidden.settle(weight, before)
 
     def recover(self, weights: Mapping[str, MaskedWeight]) -> None:
         """Put back the weights that a ``step()`` that raised has left without theta."""
         for name in list(self._hidden):
             self._recover(weights[name])
+        if self.hidden is not None:
+            for weight in weights.values():
+                self.hidden.recover(weight)
 
     def _recover(self, weight: MaskedWeight) -> None:
         hidden = self._hidden.pop(weight.name, None)
@@ -189,6 +225,7 @@ class Resurrection:
             "gradients": self.gradients.state_dict() if self.gradients else {},
             "states": {name: theta.state_dict() for name, theta in self.thetas.items()},
             "chosen": {name: bits.clone() for name, bits in self.chosen.items()},
+            "hidden": self.hidden.values() if self.hidden is not None else {},
         }
 
     @classmethod
@@ -206,6 +243,8 @@ class Resurrection:
         for name, entry in data["states"].items():
             phase.thetas[name] = Theta.from_state_dict(phase.config, entry)
         phase.chosen = {name: bits.clone() for name, bits in data.get("chosen", {}).items()}
+        if phase.hidden is not None:
+            phase.hidden = HiddenTheta({k: v.clone() for k, v in data["hidden"].items()})
         return phase
 
     def attach(self, weights: Mapping[str, MaskedWeight]) -> None:

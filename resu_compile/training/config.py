@@ -64,8 +64,13 @@ class CycleShares:
 
 # a cycle prunes, and is a resurrection from there to the next pruning
 RESU_ONLY: Mapping[str, Any] = {"train": 0.0, "stabilize": 0.0, "resu": 1.0}
-# theta in a few places, which has to beat the active weights that it displaces
-TRIAL: Mapping[str, Any] = {"places": 0.05, "score": "saliency", "kind": "ceiling"}
+# theta that the forward pass does not see; it has to beat the active weights that it displaces
+TRIAL: Mapping[str, Any] = {
+    "hidden": True,
+    "strategy": "open",
+    "score": "saliency",
+    "kind": "ceiling",
+}
 
 
 def over(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,6 +155,8 @@ class TrainingConfig:
         initial_sparsity: before the first cycle, in [0, 1).
         schedule: how sparsity goes from the one to the other: a name of
             ``resu_compile.training.schedules.SHAPES``, one sparsity per cycle, or a function of t.
+            None is ``"constant"`` with a ``pattern``, else ``default_schedule`` of the final
+            sparsity.
         method: as in ``SparsityConfig``, for the cycles of RESU; or a training method, by name or
             as an object, which takes their place (docs/methods.md).
         method_options: settings of a training method that is given by name.
@@ -161,7 +168,7 @@ class TrainingConfig:
         overrides: name or glob -> sparsity of those weights at the highest sparsity of the run;
             at a lower one, in proportion. None with a sparsity that falls.
         pattern: ``"N:M"`` from the first pruning on, with its ``sparsity``,
-            and ``schedule="constant"``; every commit keeps it.
+            which all cycles have; every commit keeps it.
         targets: what is pruned.
         exclude: what is left dense.
         resurrection: how theta is trained and committed; its ``budget`` gives way to the next two.
@@ -189,7 +196,7 @@ class TrainingConfig:
     cycle: CycleShares = field(default_factory=lambda: CycleShares(**RESU_ONLY))
     sparsity: float = 0.7
     initial_sparsity: float = 0.0
-    schedule: Schedule = "cubic"
+    schedule: Schedule | None = None
     method: str | AnyMethod | TrainingMethod = "saliency"
     method_options: Mapping[str, Any] = field(default_factory=dict)
     scope: Literal["layer", "global"] = cast("Any", None)  # settled when built
@@ -201,7 +208,7 @@ class TrainingConfig:
     exclude: Names | None = DEFAULT_EXCLUDE
     resurrection: ResurrectionConfig = field(default_factory=lambda: ResurrectionConfig(**TRIAL))
     budget_start: float = 0.05
-    budget_end: float = 0.05
+    budget_end: float = 0.0
     margin_end: float | None = None
     densify: Densification | None = None
     accumulate: int = 1
@@ -252,7 +259,7 @@ class TrainingConfig:
             self.densify.check(cycles=self.cycles, final=self.sparsity)
             if self.cycle.resu == 0.0:
                 raise ArgumentError("cycle.resu: expected more than 0 with densify, got 0")
-        else:
+        elif schedule is not None:
             schedule = check_schedule(schedule, cycles=self.cycles, final=self.sparsity)
         object.__setattr__(self, "schedule", schedule)
         self._check_overrides()
@@ -308,7 +315,8 @@ class TrainingConfig:
                 f"pattern: expected None with method={self.method!r}, whose masks have none, got "
                 f"{self.pattern!r}; 'sr_ste' trains with a pattern, and 'rigl' keeps one"
             )
-        ramps = (("schedule", "constant"),) if self.has_cycles else ()
+        given = self.schedule is not None
+        ramps = (("schedule", "constant"),) if self.has_cycles and given else ()
         for name, plain in (*ramps, ("initial_sparsity", 0.0), ("densify", None)):
             if getattr(self, name) != plain:
                 raise ArgumentError(

@@ -301,11 +301,23 @@ class Cycle:
                 budget=self.budgets[span.cycle],
                 margin=self.margins[span.cycle],
             )
-            ResurrectionPhase(controller, config).__enter__()  # _leave commits it
+            if controller.resurrection is not None:  # theta goes on
+                controller.resurrection.config = config
+            else:
+                ResurrectionPhase(controller, config).__enter__()  # _leave commits it
+
+    def _goes_on(self, position: int) -> bool:
+        """Whether theta goes on in the span at ``position``, after a tournament between the two."""
+        following = self.plan[position] if position < len(self.plan) else None
+        return (
+            self.config.resurrection.hidden
+            and self.config.densify is None
+            and following is not None
+            and following.stage is Stage.RESU
+        )
 
     def _prune(self, controller: Controller, span: Span) -> None:
         config = self.config
-        highest = max(config.initial_sparsity, *self.sparsities)
         report = controller.prune(
             span.sparsity,
             calibration=self._calibration if is_calibrated(config.method) else None,
@@ -314,10 +326,15 @@ class Cycle:
             scope=config.scope,
             distribution=config.distribution,
             min_density=config.min_density,
-            overrides={k: v * span.sparsity / highest for k, v in config.overrides.items()},
+            overrides=self._overrides(span.sparsity),
         )
         self._pruned = report.as_dict()
         self._tell(CycleEvent("prune", self.step_index, span.cycle, report))
+
+    def _overrides(self, sparsity: float) -> dict[str, float]:
+        """Those of the config, in proportion to ``sparsity``."""
+        highest = max(self.config.initial_sparsity, *self.sparsities)
+        return {name: v * sparsity / highest for name, v in self.config.overrides.items()}
 
     def _leave(self, span: Span) -> None:
         """Commit at the end of a RESU span, and close the books of a cycle at its end."""
@@ -330,6 +347,9 @@ class Cycle:
         if controller.phase is Phase.RESU:
             target = self.sparsities[span.cycle]
             options: dict[str, Any] = {"sparsity": target} if target < span.sparsity else {}
+            if not self.done and self._goes_on(following):
+                target = self.plan[following].sparsity
+                options = {"sparsity": target, "overrides": self._overrides(target), "go_on": True}
             if callable(self.config.resurrection.score):  # a resumed phase has lost it
                 options["score"] = self.config.resurrection.score
             if commit_measures(self.config):

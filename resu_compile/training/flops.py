@@ -172,6 +172,8 @@ class StepCosts:
         extra = 0.0  # places of theta, as a share of the active ones
         if running is not None and running.config.places is not None:
             sparse, dense, extra = True, choosing, running.config.places
+        elif running is not None and running.config.hidden:
+            sparse, dense = True, True
         for name, weight in controller.weights.items():
             density = min((1.0 + extra) * weight.nnz / weight.numel, 1.0) if sparse else 1.0
             share = 1.0 if dense or not sparse else density

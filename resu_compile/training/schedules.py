@@ -52,13 +52,34 @@ def cubic(t: float) -> float:
     return 1.0 - (1.0 - t) ** 3
 
 
+def quintic(t: float) -> float:
+    """``1 - (1 - t)^5``: most of the way in the first third."""
+    return 1.0 - (1.0 - t) ** 5
+
+
 SHAPES: dict[str, Shape] = {
     "constant": constant,
     "linear": linear,
     "exponential": exponential,
     "cosine": cosine,
     "cubic": cubic,
+    "quintic": quintic,
 }
+
+
+STEEP_FROM = 0.85  # final sparsity
+
+
+def default_schedule(sparsity: float) -> str:
+    """``"quintic"`` for high sparsities, else ``"cubic"``.
+
+    The sparser the goal, the longer the network has to be trained at it (docs/training.md has the
+    numbers).
+
+    Args:
+        sparsity: after the last cycle.
+    """
+    return "quintic" if sparsity >= STEEP_FROM else "cubic"
 
 
 def check_schedule(schedule: object, *, cycles: int, final: float) -> Schedule:

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from resu_compile.errors import ArgumentError, check_choice, check_integer, check_share
+from resu_compile.phase import Phase
 from resu_compile.runtime.commit_report import CommitReport
 from resu_compile.runtime.controller import Controller
 from resu_compile.sparsity import keep_count
@@ -285,7 +286,8 @@ def run_method(
         autocast="bfloat16" if task.training.autocast else None,
     )
     if config.quick:  # who has trained for a few steps seldom beats a ceiling
-        training = replace(training, resurrection=replace(training.resurrection, kind="quota"))
+        theta = replace(training.resurrection, strategy="amnesty", kind="quota")
+        training = replace(training, resurrection=theta)
     made = adapt_demo_task(task, steps=steps, seed=seed)
     witness = Witness()
     trainer = Trainer(
@@ -336,8 +338,10 @@ class Witness(Callback):
         controller = cycle.controller
         assert controller is not None
         self.ever_pruned.record(controller)
-        # a pruning is told in the span that it begins, a commit in the one that it ends
-        target = cycle.sparsities[cycle.span.cycle]
+        # a pruning is told in the span that it begins, a commit in the one that it ends; where the
+        # resurrection goes on, it has pruned for the next
+        goes_on = controller.phase is Phase.RESU
+        target = cycle.sparsities[cycle.span.cycle + goes_on]
         scope = cycle.config.scope
         self.problems += report_problems(report, target, step=cycle.step_index, scope=scope)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from resu_compile.config import ResurrectionConfig
 from resu_compile.experiments import ExperimentConfig, make_task, run_experiment
 from resu_compile.experiments.budget import equal_flops, rehearse
 from resu_compile.experiments.cells import build_cells
@@ -245,7 +246,8 @@ def test_equal_flops_are_spent(make_config, method):
 def test_rehearsal_counts_theta_in_a_few_places():
     """Of each RESU stage one step computes dense gradients, and all hold the places of theta."""
     options = {"compile": False, "cycles": 3, "sparsity": 0.75, "warmup": 0.1}
-    config = TrainingConfig(steps=60, scope="layer", **options)
+    theta = ResurrectionConfig(places=0.05, score="saliency", kind="ceiling")
+    config = TrainingConfig(steps=60, scope="layer", resurrection=theta, **options)
     plan = build_plan(config)
     found = rehearse(make_task(TASK, steps=60, seed=0), config)
     spent = 0.0
@@ -259,6 +261,17 @@ def test_rehearsal_counts_theta_in_a_few_places():
     anywhere = rehearse(make_task(TASK, steps=60, seed=0), replace(config, scope="global"))
     # no more than all places of a layer train, however much of it is active
     assert 0.9 * found < anywhere <= 1.001 * found
+
+
+def test_rehearsal_counts_hidden_theta():
+    """Forward passes see none of it; each step of a RESU stage computes dense gradients."""
+    config = TrainingConfig(steps=60, compile=False, cycles=3, sparsity=0.75, scope="layer")
+    found = rehearse(make_task(TASK, steps=60, seed=0), config)
+    spent = 0.0
+    for span in build_plan(config):
+        density = 1.0 - span.sparsity
+        spent += span.steps * (2 * density + (1.0 if span.stage is Stage.RESU else density))
+    assert found == pytest.approx(spent / 180, rel=0.002)
 
 
 def test_steps_are_capped():

@@ -27,7 +27,7 @@ def test_it_is_the_cycle():
         assert torch.equal(run.model.state_dict()[name], value)
     assert run.history == cycle.history
     assert len(run.history) == 3
-    assert {update.strategy for update in run.updates} == {"prune", "amnesty"}
+    assert {update.strategy for update in run.updates} == {"prune", "open"}
 
 
 def test_its_criterion_and_its_settings():

@@ -34,7 +34,7 @@ def test_one_score_is_alive_at_a_time(pattern, monkeypatch):
     """What ranks in each weight alone holds the scores of one weight, not of the model."""
     model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(5)))
     alive: list[int] = []
-    score = allocation._score
+    score = allocation.score_of
 
     def counted(*args, **kwargs):
         found = score(*args, **kwargs).clone()
@@ -43,7 +43,7 @@ def test_one_score_is_alive_at_a_time(pattern, monkeypatch):
         assert len(alive) == 1
         return found
 
-    monkeypatch.setattr(allocation, "_score", counted)
+    monkeypatch.setattr(allocation, "score_of", counted)
     config = SparsityConfig(pattern=pattern) if pattern else SparsityConfig(sparsity=0.5)
     masks = new_masks(named_weights(model), config, new_generator(0))
     assert [int(mask.sum()) for mask in masks.values()] == [32] * 5

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn, optim
 
+from resu_compile.config import ResurrectionConfig
 from resu_compile.training import Cycle, Trainer, TrainingConfig
 from tests.integration.test_invariants import Net, loss_of
 from tests.runtime.places import begin, by_sorting, chosen_of, dense_gradients, sparse, step
@@ -89,6 +90,7 @@ def test_a_trainer_clips_what_trains(monkeypatch, method):
         schedule="constant",
         compile=False,
         log_every=1,
+        resurrection=ResurrectionConfig(places=0.05),
     )
     trainer = Trainer(
         model, optim.SGD(model.parameters(), lr=0.0), lambda m, s: loss_of(m, s), config
@@ -116,7 +118,10 @@ def test_a_trainer_clips_what_trains(monkeypatch, method):
 def test_a_loop_of_ones_own_clips_what_trains():
     torch.manual_seed(0)
     model = Net()
-    config = TrainingConfig(steps=8, cycles=2, sparsity=0.6, method="magnitude", compile=False)
+    theta = ResurrectionConfig(places=0.05)
+    config = TrainingConfig(
+        steps=8, cycles=2, sparsity=0.6, method="magnitude", compile=False, resurrection=theta
+    )
     cycle, optimizer = Cycle(model, config).start(), optim.SGD(model.parameters(), lr=0.01)
     chosen = 0
     while not cycle.done:

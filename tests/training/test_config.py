@@ -61,12 +61,13 @@ def test_the_default_preset_warms_up_recovers_and_trains_theta_beside_the_rest()
     assert found == TrainingConfig()
     assert build_plan(found)[0].stage is Stage.WARMUP
     assert found.recovery > 0
-    assert found.schedule == "cubic"
+    assert found.schedule == "quintic"
     assert (found.method, found.scope) == ("saliency", "global")
     theta = found.resurrection
     assert (theta.rule, theta.init, theta.freeze_active) == ("optimizer", "zero", False)
-    assert (theta.kind, theta.score) == ("ceiling", "saliency")
-    assert 0.0 < theta.places <= found.budget_end <= found.budget_start
+    assert theta.hidden
+    assert (theta.strategy, theta.score, theta.places) == ("open", "saliency", None)
+    assert 0.0 == found.budget_end < found.budget_start
 
 
 def test_a_mapping_of_shares_keeps_the_others():
@@ -140,7 +141,8 @@ def test_a_hand_written_file_names_a_preset_and_changes_it(tmp_path):
     )
 
 
-TRIAL = {"places": 0.05, "score": "saliency", "kind": "ceiling"}
+TRIAL = {"hidden": True, "strategy": "open", "score": "saliency", "kind": "ceiling"}
+SEEN = {**TRIAL, "hidden": False}
 FROZEN = {"lr": 1e-4, "step": "raw", "init": "normal", "eps": 0.1, "freeze_active": True}
 
 
@@ -151,10 +153,18 @@ FROZEN = {"lr": 1e-4, "step": "raw", "init": "normal", "eps": 0.1, "freeze_activ
         (None, {"margin": 0.2}, {**TRIAL, "margin": 0.2}),
         (None, {"freeze_active": True}, {**TRIAL, "freeze_active": True, "rule": "adam"}),
         (None, {"lr": 1e-3}, {**TRIAL, "lr": 1e-3, "rule": "adam"}),
-        (None, {"storage": "compact"}, {**TRIAL, "storage": "compact", "rule": "adam"}),
-        (None, {"init": "normal", "places": None}, {**TRIAL, "init": "normal", "places": None}),
-        (None, {"score": "growth", "kind": "quota"}, {"places": 0.05, "score": "growth"}),
-        ("default", {"places": 0.1}, {**TRIAL, "places": 0.1}),
+        (
+            None,
+            {"storage": "compact", "hidden": False},
+            {**SEEN, "storage": "compact", "rule": "adam"},
+        ),
+        (None, {"init": "normal"}, {**TRIAL, "init": "normal"}),
+        (
+            None,
+            {"strategy": "amnesty", "score": "growth", "kind": "quota"},
+            {"hidden": True, "score": "growth"},
+        ),
+        ("default", {"places": 0.1, "hidden": False}, {**SEEN, "places": 0.1}),
         ("published", {}, {**FROZEN, "rule": "selective"}),
         ("published", {"tau": 0.1}, {**FROZEN, "rule": "selective", "tau": 0.1}),
         ("conservative", {"lr": None}, {**FROZEN, "rule": "sgd", "lr": None}),
@@ -189,8 +199,10 @@ def test_an_object_stays_whole(name):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"init": "normal"}, r"^places: .*'places: null'"),
-        ({"rule": "selective"}, r"^places: .*'places: null'"),
+        ({"places": 0.1}, r"^places: .*'hidden: false'"),
+        ({"storage": "compact"}, r"^storage: .*'hidden: false'"),
+        ({"hidden": False, "places": 0.1, "init": "normal"}, r"^places: .*'places: null'"),
+        ({"hidden": False, "places": 0.1, "rule": "subset"}, r"^places: .*'places: null'"),
         ({"score": "growth"}, "^score: .*kind='quota'.*set these two, or another score"),
         ({"lr": 1e-3, "rule": "optimizer"}, "^lr: .*'lr: null'"),
     ],
