@@ -26,6 +26,7 @@ from resu_compile.methods import (
     Resu,
     TrainingMethod,
     get_training_method,
+    is_calibrated,
     is_gradient_method,
     is_training_method,
 )
@@ -155,8 +156,6 @@ class TrainingConfig:
         initial_sparsity: before the first cycle, in [0, 1).
         schedule: how sparsity goes from the one to the other: a name of
             ``resu_compile.training.schedules.SHAPES``, one sparsity per cycle, or a function of t.
-            None is ``"constant"`` with a ``pattern``, else ``default_schedule`` of the final
-            sparsity.
         method: as in ``SparsityConfig``, for the cycles of RESU; or a training method, by name or
             as an object, which takes their place (docs/methods.md).
         method_options: settings of a training method that is given by name.
@@ -168,7 +167,7 @@ class TrainingConfig:
         overrides: name or glob -> sparsity of those weights at the highest sparsity of the run;
             at a lower one, in proportion. None with a sparsity that falls.
         pattern: ``"N:M"`` from the first pruning on, with its ``sparsity``,
-            which all cycles have; every commit keeps it.
+            and ``schedule="constant"``; every commit keeps it.
         targets: what is pruned.
         exclude: what is left dense.
         resurrection: how theta is trained and committed; its ``budget`` gives way to the next two.
@@ -196,7 +195,7 @@ class TrainingConfig:
     cycle: CycleShares = field(default_factory=lambda: CycleShares(**RESU_ONLY))
     sparsity: float = 0.7
     initial_sparsity: float = 0.0
-    schedule: Schedule | None = None
+    schedule: Schedule = "quintic"
     method: str | AnyMethod | TrainingMethod = "saliency"
     method_options: Mapping[str, Any] = field(default_factory=dict)
     scope: Literal["layer", "global"] = cast("Any", None)  # settled when built
@@ -259,7 +258,7 @@ class TrainingConfig:
             self.densify.check(cycles=self.cycles, final=self.sparsity)
             if self.cycle.resu == 0.0:
                 raise ArgumentError("cycle.resu: expected more than 0 with densify, got 0")
-        elif schedule is not None:
+        else:
             schedule = check_schedule(schedule, cycles=self.cycles, final=self.sparsity)
         object.__setattr__(self, "schedule", schedule)
         self._check_overrides()
@@ -301,6 +300,12 @@ class TrainingConfig:
         first = build_plan(self)[0]
         method = self.training_method()
         assert isinstance(method, Resu)
+        if self.resurrection.strategy == "open" and is_calibrated(method.criterion):
+            raise ArgumentError(
+                "resurrection.strategy: expected another one than 'open' with "
+                f"method={method.criterion!r}, which measures masks and gives no scores, got "
+                "'open'; resurrection={'strategy': 'reprune'} prunes by it each time"
+            )
         if first.sparsity > 0.0 and is_gradient_method(method.criterion):
             raise ArgumentError(
                 f"warmup: expected more than 0 with method={method.criterion!r}, which scores by "
@@ -315,8 +320,7 @@ class TrainingConfig:
                 f"pattern: expected None with method={self.method!r}, whose masks have none, got "
                 f"{self.pattern!r}; 'sr_ste' trains with a pattern, and 'rigl' keeps one"
             )
-        given = self.schedule is not None
-        ramps = (("schedule", "constant"),) if self.has_cycles and given else ()
+        ramps = (("schedule", "constant"),) if self.has_cycles else ()
         for name, plain in (*ramps, ("initial_sparsity", 0.0), ("densify", None)):
             if getattr(self, name) != plain:
                 raise ArgumentError(

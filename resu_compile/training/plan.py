@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from resu_compile.errors import ArgumentError
 from resu_compile.runtime.tournament import linear_budget, linear_margin
-from resu_compile.training.schedules import default_schedule, scheduled_sparsities
+from resu_compile.training.schedules import scheduled_sparsities
 
 if TYPE_CHECKING:
     from resu_compile.training.config import TrainingConfig
@@ -75,11 +75,8 @@ def cycle_sparsities(config: TrainingConfig) -> tuple[float, ...]:
     """The sparsity that each cycle of ``config`` ends with."""
     if config.densify is not None:
         return config.densify.sparsities(cycles=config.cycles, final=config.sparsity)
-    schedule = config.schedule
-    if schedule is None:
-        schedule = "constant" if config.pattern else default_schedule(config.sparsity)
     return scheduled_sparsities(
-        schedule,
+        config.schedule,
         cycles=config.cycles,
         initial=config.initial_sparsity,
         final=config.sparsity,

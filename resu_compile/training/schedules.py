@@ -67,21 +67,6 @@ SHAPES: dict[str, Shape] = {
 }
 
 
-STEEP_FROM = 0.85  # final sparsity
-
-
-def default_schedule(sparsity: float) -> str:
-    """``"quintic"`` for high sparsities, else ``"cubic"``.
-
-    The sparser the goal, the longer the network has to be trained at it (docs/training.md has the
-    numbers).
-
-    Args:
-        sparsity: after the last cycle.
-    """
-    return "quintic" if sparsity >= STEEP_FROM else "cubic"
-
-
 def check_schedule(schedule: object, *, cycles: int, final: float) -> Schedule:
     """``schedule`` in its checked form, or an error that says what one is.
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import resu_compile as resu
+from resu_compile.config import ResurrectionConfig
 from resu_compile.demo import deploy
 from resu_compile.demo.runner import DemoConfig, comparison_table, methods, run_demo
 from resu_compile.demo.tasks import Bytes, Digits, Training
@@ -52,8 +53,8 @@ def test_reaches_the_sparsity_and_keeps_it(digits, config, key):
 
 def test_resurrects(digits, config):
     method = by_key(config)["resu"]
-    quota = replace(method.config.resurrection, kind="quota")
-    method = replace(method, config=replace(method.config, resurrection=quota))
+    quota = replace(method.config, resurrection=ResurrectionConfig(), budget_end=0.05)
+    method = replace(method, config=quota)
     run = train(digits, method, seed=0, compiled=False)
     assert run.resurrections > 0
     assert 0.0 < run.resurrected_share <= 1.0

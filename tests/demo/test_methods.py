@@ -20,7 +20,7 @@ CONFIG = DemoConfig(Path("unused"))
 
 def ramp(prunings):
     """The documented form 0.7 (1 - (1 - t)^3)."""
-    return [0.7 * (1.0 - (1.0 - (c + 1) / prunings) ** 3) for c in range(prunings)]
+    return [0.7 * (1.0 - (1.0 - (c + 1) / prunings) ** 5) for c in range(prunings)]
 
 
 # what a task comes to: the steps of the prunings, and the sparsities; RESU prunes 40 times from 0.4

@@ -212,6 +212,12 @@ def test_contradictions_to_the_default_say_what_to_set(data, message):
         TrainingConfig.from_dict({"resurrection": data})
 
 
+def test_an_open_contest_needs_scores():
+    with pytest.raises(ArgumentError, match=r"^resurrection\.strategy: .*'wanda'.*'reprune'"):
+        TrainingConfig(method="wanda")
+    TrainingConfig.from_dict({"method": "wanda", "resurrection": {"strategy": "reprune"}})
+
+
 def test_an_empty_file_is_the_default(tmp_path):
     path = tmp_path / "config.yml"
     path.write_text("# nothing\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -206,7 +208,67 @@ def test_a_sparsified_model_keeps_its_controller():
     assert {name: int(m.sum()) for name, m in before.masks.items()} == {"0.weight": 32}
 
 
-@pytest.mark.parametrize("strategy", ["amnesty", "merge", "reprune"])
+HIDDEN = ResurrectionConfig(hidden=True, strategy="open")
+RESU = CycleShares(0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("strategy", ["open", "amnesty", "reprune"])
+def test_hidden_theta_goes_on_from_cycle_to_cycle(strategy):
+    """One resurrection, whose tournaments prune for the next cycle as well."""
+    model, batches, events = make_model(), make_batches(), []
+    theta = replace(HIDDEN, strategy=strategy)
+    cycle = Cycle(
+        model,
+        config(resurrection=theta, cycle=RESU, overrides={"3.*": 0.5}),
+        on_event=events.append,
+    )
+    optimizer = optimizer_of(model)
+    cycle.start()
+    while not cycle.done:
+        controller, span = cycle.controller, cycle.span
+        running = controller.resurrection
+        if running is not None:
+            assert running.config.budget == cycle.budgets[span.cycle]
+            assert counts(cycle)["3.weight"] == keep_count(64, 0.5 * span.sparsity / 0.75)
+            assert controller.sparsity == pytest.approx(
+                (span.sparsity * 128 + 0.5 * span.sparsity / 0.75 * 64) / 192, abs=0.01
+            )
+        before = None if running is None else (running.hidden.values(), controller.masks)
+        loss_fn(model, batches[cycle.step_index % 7]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if before is not None:
+            values = running.hidden.values()
+            assert any((values[name] != theta).any() for name, theta in before[0].items())
+            before = (values, controller.masks)
+        cycle.step()
+        if before is not None and controller.resurrection is not None:
+            assert controller.resurrection is running
+            for name, theta in running.hidden.values().items():
+                stay = ~before[1][name] & ~controller.masks[name]
+                assert torch.equal(theta[stay], before[0][name][stay])
+                assert (theta[~stay] == 0).all()
+    assert [(event.kind, event.cycle) for event in events] == [
+        ("prune", 0),
+        ("commit", 0),
+        ("commit", 1),
+        ("commit", 2),
+    ]
+    assert [stats.prune is None for stats in cycle.history] == [False, True, True]
+    assert cycle.history[-1].sparsity == pytest.approx((0.75 * 128 + 0.5 * 64) / 192, abs=0.01)
+    cycle.finish()
+    for name, mask in cycle.controller.masks.items():
+        assert (model.get_parameter(name)[~mask] == 0).all()
+
+
+def test_between_other_stages_hidden_theta_begins_anew():
+    model, events = make_model(), []
+    cycle = Cycle(model, config(resurrection=HIDDEN), on_event=events.append)
+    drive(model, cycle, make_batches())
+    assert [event.kind for event in events] == ["prune", "commit"] * 3
+
+
+@pytest.mark.parametrize("strategy", ["amnesty", "merge", "reprune", "open"])
 def test_a_pattern_holds_from_the_first_pruning_on(strategy):
     model = make_model()
     settings = config(

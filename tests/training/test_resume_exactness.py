@@ -90,7 +90,8 @@ def make_trainer(optimizer, *, dtype=torch.float32, frozen=None, **changes):
         made,
         lambda model, batch: loss_fn(model, [part.to(dtype) for part in batch]),
         config(
-            checkpoint=CheckpointConfig("unused", every=1), cycle=CycleShares(3, 2, 4), **changes
+            checkpoint=CheckpointConfig("unused", every=1),
+            **{"cycle": CycleShares(3, 2, 4), **changes},
         ),
         scheduler=torch.optim.lr_scheduler.OneCycleLR(made, 2e-2, total_steps=41),
         evaluate=lambda model: {"norm": sum(p.norm().item() for p in model.parameters())},
@@ -163,7 +164,13 @@ RULES = {
     "places frozen": {"places": 0.4, "rule": "optimizer", "freeze_active": True},
     "places compact": {"places": 0.4, "rule": "momentum", "storage": "compact"},
     "saliency score": {"score": "saliency"},
+    "hidden": {"hidden": True},
+    "hidden adam": {"hidden": True, "rule": "adam"},
+    "hidden frozen": {"hidden": True, "freeze_active": True, "init": "normal"},
+    "open": {"hidden": True, "strategy": "open"},
 }
+HIDDEN = ResurrectionConfig(hidden=True, strategy="open", score="saliency", kind="ceiling")
+RESU = CycleShares(0.0, 0.0, 1.0)  # theta goes on from cycle to cycle
 TRIAL = ResurrectionConfig(places=0.4, score="saliency", kind="ceiling")
 
 
@@ -173,7 +180,9 @@ def test_rules(rule):
 
 
 @pytest.mark.parametrize("optimizer", ["own adamw", "own adamw active"])
-@pytest.mark.parametrize("rule", ["adam", "selective", "compact", "places", "places adam"])
+@pytest.mark.parametrize(
+    "rule", ["adam", "selective", "compact", "places", "places adam", "hidden", "hidden adam"]
+)
 def test_rules_in_the_pass_of_the_optimizer(optimizer, rule):
     check_resumes(optimizer, resurrection=ResurrectionConfig(**RULES[rule]))
 
@@ -183,6 +192,8 @@ PLANS = {
     "global": {"scope": "global", "overrides": {}},
     "saliency": {"method": "saliency"},
     "saliency and places": {"method": "saliency", "resurrection": TRIAL},
+    "hidden": {"method": "saliency", "resurrection": HIDDEN, "cycle": RESU, "scope": "global"},
+    "hidden amnesty": {"resurrection": ResurrectionConfig(hidden=True), "cycle": RESU},
     "accumulate": {"accumulate": 3, "clip_norm": 0.5},
     "gradual": {"initial_sparsity": 0.3, "warmup": 0.0},
     "early stop": {

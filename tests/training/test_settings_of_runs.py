@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import resu_compile as resu
+from resu_compile.config import ResurrectionConfig
 from resu_compile.errors import ArgumentError, ArgumentTypeError
 from resu_compile.methods import MEST, RigL
 from resu_compile.training import (
@@ -89,7 +90,12 @@ def test_calibration_is_asked_for_before_the_first_step():
         SparseTraining(make_model(), wanda, calibration=iter(data))
     with pytest.raises(ArgumentError, match="^calibration: expected None with method 'rigl'"):
         SparseTraining(make_model(), TrainingConfig(method="rigl"), calibration=data)
-    cycles = TrainingConfig(method="resu", method_options={"criterion": "wanda"}, compile=False)
+    cycles = TrainingConfig(
+        method="resu",
+        method_options={"criterion": "wanda"},
+        resurrection=ResurrectionConfig(strategy="reprune"),
+        compile=False,
+    )
     with pytest.raises(ArgumentError, match="^calibration: expected data for method 'wanda'"):
         SparseTraining(make_model(), cycles)
 
