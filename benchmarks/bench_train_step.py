@@ -7,7 +7,7 @@ Forward, backward and fused AdamW, under ``torch.compile``; on CUDA under bf16 a
 plain ``torch.compile``, "sparse" the SPARSE phase at 70 %, "resu" a resurrection by default, in
 which AdamW trains theta and the active weights alike; the others give theta a step of its own,
 beside active weights that train or are frozen. "resu of TrainingConfig" is the phase as its default
-runs it: theta in few places, and E[g^2] kept. "resu.optim" steps them by
+runs it: hidden theta, and E[g^2] kept. "resu.optim" steps them by
 ``resu_compile.optim.AdamW``, "packed" with moments for the active places only; the rest by torch's.
 Steps of all take turns, in an order drawn anew for each round.
 """

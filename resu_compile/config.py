@@ -240,7 +240,7 @@ class ResurrectionConfig:
             meet; ``"wanda"`` |W| times the norm of its input, which ``commit(calibration=...)``
             measures; or a callable (name, weight) -> score tensor.
         strategy: ``"amnesty"``, ``"open"``, ``"merge"`` or ``"reprune"``; each keeps an N:M pattern
-            (docs/phases.md).
+            (docs/resurrection.md).
         kind: of ``"amnesty"``: ``"quota"`` gives the resurrected all places of the budget, whatever
             they score, as published; ``"ceiling"`` at most these, and each only to one whose score
             is over (1 + ``margin``) times that of the active one it displaces.

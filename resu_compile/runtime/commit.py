@@ -71,6 +71,11 @@ def commit_masks(
         return {name: torch.ones_like(weight.mask) for name, weight in weights.items()}
     chosen = controller.config if pruning is None else pruning
     if terms.strategy == "open":
+        if calibration is not None:
+            raise ArgumentError(
+                "calibration: expected None with strategy='open', which goes by the scores of the "
+                "pruning method"
+            )
         return open_masks(controller, chosen, terms.budget)
     if terms.strategy == "reprune":
         return new_masks(

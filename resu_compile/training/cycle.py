@@ -278,7 +278,7 @@ class Cycle:
         if controller is None:
             return self.model
         if controller.phase is Phase.RESU:
-            self._leave(self.span)
+            self._leave(self.span, ends=True)
         controller.agree = None
         controller.forget_gradients()
         if self.config.densify is not None and controller.sparsity == self.config.sparsity == 0.0:
@@ -336,8 +336,13 @@ class Cycle:
         highest = max(self.config.initial_sparsity, *self.sparsities)
         return {name: v * sparsity / highest for name, v in self.config.overrides.items()}
 
-    def _leave(self, span: Span) -> None:
-        """Commit at the end of a RESU span, and close the books of a cycle at its end."""
+    def _leave(self, span: Span, *, ends: bool = False) -> None:
+        """Commit at the end of a RESU span, and close the books of a cycle at its end.
+
+        Args:
+            span: that of the last step.
+            ends: nothing follows, whatever the plan says.
+        """
         following = self._position + 1
         last = following >= len(self.plan) or self.plan[following].cycle != span.cycle
         if span.cycle < 0:
@@ -347,7 +352,7 @@ class Cycle:
         if controller.phase is Phase.RESU:
             target = self.sparsities[span.cycle]
             options: dict[str, Any] = {"sparsity": target} if target < span.sparsity else {}
-            if not self.done and self._goes_on(following):
+            if not ends and self._goes_on(following):
                 target = self.plan[following].sparsity
                 options = {"sparsity": target, "overrides": self._overrides(target), "go_on": True}
             if callable(self.config.resurrection.score):  # a resumed phase has lost it

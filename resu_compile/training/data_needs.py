@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from resu_compile.errors import ArgumentError, ArgumentTypeError
 from resu_compile.methods import Resu, is_calibrated, is_gradient_method
+from resu_compile.runtime.commit import takes_score
 from resu_compile.training.config import TrainingConfig
 
 
@@ -13,16 +14,19 @@ def commit_measures(config: TrainingConfig) -> bool:
     """Whether a commit looks at calibration data."""
     theta = config.resurrection
     by_method = theta.strategy == "reprune" and is_calibrated(config.method)
-    scored = theta.strategy == "amnesty" or (
-        theta.strategy == "merge" and config.pattern is not None
-    )
-    return by_method or (scored and theta.score == "wanda")
+    return by_method or (_takes_score(config) and theta.score == "wanda")
 
 
 def sees_gradients(config: TrainingConfig) -> bool:
     """Whether a pruning or a commit scores by mean squares of gradients."""
-    commits = config.cycle.resu > 0.0 and config.resurrection.score == "saliency"
-    return commits or is_gradient_method(config.method)
+    commits = config.cycle.resu > 0.0 and _takes_score(config)
+    by_score = commits and config.resurrection.score == "saliency"
+    return by_score or is_gradient_method(config.method)
+
+
+def _takes_score(config: TrainingConfig) -> bool:
+    """Whether commits look at ``resurrection.score``, and not at the method's scores."""
+    return takes_score(config.sparsity_config(), config.resurrection.strategy)
 
 
 def check_calibration(config: TrainingConfig, calibration: object) -> None:

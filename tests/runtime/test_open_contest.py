@@ -129,6 +129,12 @@ def test_a_pattern_is_kept(budget):
         assert report.weights[name].resurrected == int(budget * weight.nnz)
 
 
+def test_it_looks_at_no_data():
+    _model, controller, _ = build(0, 0.5, "layer")
+    with pytest.raises(ArgumentError, match="^calibration: expected None with strategy='open'"):
+        controller.commit(calibration=[torch.randn(2, 6)])
+
+
 def test_a_calibrated_method_has_no_scores():
     model = nn.Sequential(nn.Linear(8, 8))
     resu.sparsify(model, 0.5, method="wanda", calibration=[torch.randn(4, 8)], compile=False)

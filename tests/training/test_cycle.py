@@ -129,11 +129,11 @@ def test_a_ceiling_takes_the_margin_of_its_cycle():
     found = []
 
     class Watch(Cycle):
-        def _leave(self, span):
+        def _leave(self, span, **options):
             if self.controller.phase is Phase.RESU:
                 running = self.controller.resurrection.config
                 found.append((running.kind, running.budget, running.margin))
-            super()._leave(span)
+            super()._leave(span, **options)
 
     cycle = Watch(model, config(resurrection=theta, margin_end=0.0))
     drive(model, cycle, make_batches())
@@ -259,6 +259,22 @@ def test_hidden_theta_goes_on_from_cycle_to_cycle(strategy):
     cycle.finish()
     for name, mask in cycle.controller.masks.items():
         assert (model.get_parameter(name)[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("stop", [12, 13, 20])
+def test_a_run_that_ends_early_hides_nothing(stop):
+    model, batches = make_model(), make_batches()
+    cycle, optimizer = Cycle(model, config(resurrection=HIDDEN, cycle=RESU)), optimizer_of(model)
+    cycle.start()
+    while cycle.step_index < stop:
+        loss_fn(model, batches[cycle.step_index % 7]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        cycle.step()
+    assert cycle.controller.phase is Phase.RESU
+    assert cycle.finish() is model
+    assert cycle.controller.phase is Phase.SPARSE
+    assert counts(cycle) == expected_counts(cycle.span.sparsity)
 
 
 def test_between_other_stages_hidden_theta_begins_anew():
