@@ -199,6 +199,7 @@ class Resurrection:
         """Go on under a new mask of ``weight``, whose mask was ``before`` (bool)."""
         assert self.hidden is not None
         self.hidden.settle(weight, before)
+        self.theta_of(weight).settle(weight, before)
 
     def recover(self, weights: Mapping[str, MaskedWeight]) -> None:
         """Put back the weights that a ``step()`` that raised has left without theta."""

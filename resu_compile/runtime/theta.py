@@ -219,6 +219,17 @@ class Theta:
             )
         return float(group["lr"])
 
+    def settle(self, weight: MaskedWeight, before: Tensor) -> None:
+        """Go on under a new mask: only places that stay pruned keep their means.
+
+        Args:
+            weight: with its new mask.
+            before: bool, the mask before.
+        """
+        self.chosen = None  # of other places from here on
+        for value in self.buffers.values():
+            value.masked_fill_((before | weight.mask).to(value.device), 0)
+
     # -- the means of the rule -----------------------------------------------------------------
     def _means(
         self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, step: Step

@@ -308,9 +308,11 @@ class Cycle:
 
     def _goes_on(self, position: int) -> bool:
         """Whether theta goes on in the span at ``position``, after a tournament between the two."""
+        theta = self.config.resurrection
         following = self.plan[position] if position < len(self.plan) else None
         return (
-            self.config.resurrection.hidden
+            theta.hidden
+            and theta.strategy != "merge"  # which leaves no theta
             and self.config.densify is None
             and following is not None
             and following.stage is Stage.RESU

@@ -344,6 +344,29 @@ def test_a_resurrection_goes_on_after_a_tournament(strategy, sparsity):
             assert (value[~weight.mask] == 0).all(), key
 
 
+@pytest.mark.parametrize("rule", ["momentum", "adam", "selective", "subset"])
+def test_what_a_rule_of_its_own_remembers_stays_with_the_pruned(rule):
+    """Beside an optimizer without such state, in tensors of the weight's shape."""
+    model = sparse()
+    controller = begin(model, rule=rule, strategy="open", budget=0.3, alpha=0.9, lr=0.1)
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    masks = controller.masks
+    for seed in range(3):
+        step(model, optimizer, seed)
+    assert controller.commit(go_on=True).resurrected > 0
+    for name, weight in controller.weights.items():
+        theta = controller.resurrection.thetas[name]
+        assert theta.buffers
+        assert theta.chosen is None
+        for value in theta.buffers.values():
+            assert (value[weight.mask | masks[name]] == 0).all()
+    before = {n: w.parameter.detach().clone() for n, w in controller.weights.items()}
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    step(model, optimizer, 4)  # theta alone moves
+    assert all(torch.equal(w.parameter, before[n]) for n, w in controller.weights.items())
+
+
 def test_packed_moments_are_kept_whole_while_it_goes_on():
     model = sparse()
     optimizer = resu.optim.AdamW(model.parameters(), lr=0.05, state="active")

@@ -277,6 +277,14 @@ def test_a_run_that_ends_early_hides_nothing(stop):
     assert counts(cycle) == expected_counts(cycle.span.sparsity)
 
 
+def test_merged_theta_leaves_nothing_to_go_on():
+    model, events = make_model(), []
+    theta = ResurrectionConfig(hidden=True, strategy="merge")
+    settings = config(resurrection=theta, cycle=RESU)
+    drive(model, Cycle(model, settings, on_event=events.append), make_batches())
+    assert [event.kind for event in events][:4] == ["prune", "commit"] * 2
+
+
 def test_between_other_stages_hidden_theta_begins_anew():
     model, events = make_model(), []
     cycle = Cycle(model, config(resurrection=HIDDEN), on_event=events.append)
