@@ -3,7 +3,7 @@
     pip install resu-compile[demo]
     python examples/digits.py
 
-A tenth of the steps are dense, then five cycles prune to 90 %, and in each a few of the pruned
+A tenth of the steps are dense, then five cycles prune to 90 %, and at the end of each the pruned
 weights compete to come back; the last fifth trains what is left. The model is written to
 digits.pt2. Takes about half a minute, most of it compilation.
 """
