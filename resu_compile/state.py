@@ -387,7 +387,8 @@ class MaskedWeight:
             held: Tensor | None = self.bits
             live, routing, is_zeroed = self.bits, Routing.ACTIVE, self._is_zeroed(parameter)
         else:
-            held, (live, _) = running.held(self), self._routed(running.routing)
+            held = self.bits if running.hidden is not None else running.held(self)
+            live, _ = self._routed(running.routing)
             routing, is_zeroed = running.routing, self.trusts_versions
         if held is None:  # all of them may hold theta
             return None

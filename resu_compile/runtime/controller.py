@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -204,7 +205,9 @@ class Controller:
         running = self.resurrection
         if running is not None:
             running.recover(self._weights)
-        sees_zeros = self._phase is Phase.SPARSE or (running is not None and running.config.hidden)
+        sees_zeros = self._phase is Phase.SPARSE or (
+            running is not None and running.hidden is not None and not running.committing
+        )
         for weight in self._weights.values():
             weight.refresh(sees_zeros)
 
@@ -399,7 +402,12 @@ class Controller:
         ]
 
     def _apply(
-        self, masks: Mapping[str, Tensor], strategy: str, *, going_on: Resurrection | None = None
+        self,
+        masks: Mapping[str, Tensor],
+        strategy: str,
+        *,
+        admit: Callable[[Mapping[str, Tensor]], None] | None = None,
+        going_on: Resurrection | None = None,
     ) -> CommitReport:
         """Change the masks' contents, weights and optimizer state; ends in SPARSE.
 
@@ -409,12 +417,13 @@ class Controller:
         Args:
             masks: parameter name -> bool mask.
             strategy: what the report calls it.
+            admit: called with the masks that were agreed on, before they are applied.
             going_on: the phase stays RESU; pruned places keep its theta, and theta's state.
         """
         if self.agree is not None:
             masks = self.agree(self, masks)
-        if strategy == "open" and self.resurrection is not None and self.resurrection.hidden:
-            limit_entry(self, masks)
+        if admit is not None:
+            admit(masks)
         rows = {}
         counts = {name: weight.nnz for name, weight in self._weights.items()}
         for name, weight in self._weights.items():
@@ -583,6 +592,7 @@ class Controller:
                 overrides=self.config.overrides if overrides is None else overrides,
                 from_zeros=False,
             )
+            check_overrides(pruning.overrides, self.named_weights())
         elif overrides is not None:
             raise ArgumentError(
                 "overrides: expected None without sparsity, which keeps each weight's count, got "
@@ -597,7 +607,13 @@ class Controller:
         with running.shown(self._weights):
             check_values(self.named_weights())
             masks = commit_masks(self, terms, pruning, calibration)
-            running.report = self._apply(masks, terms.strategy, going_on=running if go_on else None)
+            limits = terms.strategy == "open" and running.hidden is not None
+            running.report = self._apply(
+                masks,
+                terms.strategy,
+                admit=partial(limit_entry, self, pruning or self.config) if limits else None,
+                going_on=running if go_on else None,
+            )
         self.config = pruning or self.config
         return running.report
 

@@ -117,6 +117,12 @@ def _check_state(controller: Controller, state: Mapping[str, Any]) -> None:
                 f"state: expected shape {tuple(weight.shape)} for {name}, got {shape}"
             )
         _check_bits(state["masks"][name], weight, "mask")
+    for name, theta in ((state["resurrection"] or {}).get("hidden") or {}).items():
+        if name not in weights or theta.shape != weights[name].shape:
+            raise ArgumentError(
+                f"state: expected hidden theta of masked weights in their shapes, got {name} "
+                f"with {tuple(theta.shape)}"
+            )
     for name, bits in (state.get("history") or {}).items():
         if name not in weights:
             raise ArgumentError(f"state: expected the history of masked weights, got {name}")

@@ -59,21 +59,23 @@ class HiddenTheta:
         return aside.depth > 0 and aside.backward_count == weight.backward_count
 
     def show(self, weight: MaskedWeight, parameter: nn.Parameter) -> None:
-        """Put theta into the pruned places of ``parameter``; within another ``show`` it is there.
-
-        A ``step()`` that raised has left them in some state between; theta is as it was before.
-        """
+        """Put theta into the pruned places of ``parameter``, if no ``show`` has done so."""
         aside = self._aside[weight.name]
         if self.is_shown(weight):
             aside.depth += 1
             return
+        self.recover(weight, parameter)
         aside.depth, aside.backward_count = 1, weight.backward_count
-        value = aside.value
-        if value.device != parameter.device or value.dtype != parameter.dtype:
-            value = aside.value = value.to(device=parameter.device, dtype=parameter.dtype)
+        self._follow(weight.name, parameter)
         weight.enforce_zeros(parameter)
         with torch.no_grad():
-            parameter.add_(value)
+            parameter.add_(aside.value)
+
+    def _follow(self, name: str, parameter: nn.Parameter) -> None:
+        """Follow a model that was moved or cast."""
+        aside = self._aside[name]
+        if aside.value.device != parameter.device or aside.value.dtype != parameter.dtype:
+            aside.value = aside.value.to(device=parameter.device, dtype=parameter.dtype)
 
     def hide(self, weight: MaskedWeight, parameter: nn.Parameter) -> None:
         """Take theta out of ``parameter`` again, at the end of the outermost ``step()``."""
@@ -84,6 +86,7 @@ class HiddenTheta:
                 self._take(weight, parameter)
 
     def _take(self, weight: MaskedWeight, parameter: nn.Parameter) -> None:
+        self._follow(weight.name, parameter)
         with torch.no_grad():
             value = self._aside[weight.name].value
             value.copy_(parameter)
@@ -91,25 +94,28 @@ class HiddenTheta:
             zero_where_(parameter, weight.bits, True)
         weight.trust_value(parameter)
 
-    def recover(self, weight: MaskedWeight) -> None:
-        """Forget that theta was shown, if a ``step()`` has raised; it is as before that step."""
+    def recover(self, weight: MaskedWeight, parameter: nn.Parameter) -> None:
+        """Hide theta as it stands, where a ``step()`` has raised or runs a model itself."""
         aside = self._aside[weight.name]
         if aside.depth > 0:
             aside.depth = 0
-            weight.distrust_value()
+            self._take(weight, parameter)
 
     def settle(self, weight: MaskedWeight, before: Tensor) -> None:
-        """Go on under a new mask: what is pruned now and was active starts from 0.
+        """Go on under a new mask: what stays pruned keeps theta, what is newly pruned starts from 0.
+
+        A calibrated method has written zeros where the weight showed theta.
 
         Args:
             weight: with its new mask; its parameter shows theta.
             before: bool, the mask before.
         """
-        parameter = weight.parameter
+        aside = self._aside[weight.name]
+        aside.depth = 0
         with torch.no_grad():
-            parameter.masked_fill_(before & ~weight.mask, 0)
-        self._aside[weight.name].depth = 0
-        self._take(weight, parameter)
+            aside.value.masked_fill_((before | weight.mask).to(aside.value.device), 0)
+        weight.distrust_value()
+        weight.enforce_zeros(weight.parameter)
 
     def values(self) -> dict[str, Tensor]:
         """Weight name -> theta; copies."""

@@ -54,6 +54,7 @@ def open_masks(
     eligible: dict[str, Tensor] = {}
     for group, n_kept in _contests(named, config):
         scores = _scores(controller, group, config)
+        _check_scores(controller, scores, config)
         active = {name: controller.weights[name].mask.to(s.device) for name, s in scores.items()}
         device = group[0].parameter.device  # one ranking needs one place
         pruned = [only_at(s, ~active[name]).to(device).flatten() for name, s in scores.items()]
@@ -65,18 +66,25 @@ def open_masks(
     return new_masks(named, config, controller.generator, eligible, moments=controller.moments)
 
 
-def limit_entry(controller: Controller, masks: Mapping[str, Tensor]) -> None:
-    """Let what comes back start with no higher score than the lowest one that is kept.
+def limit_entry(
+    controller: Controller, config: SparsityConfig, masks: Mapping[str, Tensor]
+) -> None:
+    """Let what comes back start with no higher score than the lowest one above 0 that is kept.
+
+    Scores are taken to be proportional to the size of a weight. Those of ``"random"`` are not, and
+    a calibrated method, which a pattern allows, has none: nothing is limited then.
 
     Args:
         controller: its weights show theta, which is changed; its masks are those before.
+        config: of the contest.
         masks: parameter name -> bool mask after the contest.
     """
-    config = controller.config
+    if config.method == "random" or is_calibrated(config.method):
+        return
     for group, _ in _contests(controller.named_weights(), config):
         scores = _scores(controller, group, config)
-        kept = [score[masks[name].to(score.device)] for name, score in scores.items()]
-        lowest = min((float(score.min()) for score in kept if score.numel()), default=0.0)
+        kept = [score[masks[name].to(score.device) & (score > 0)] for name, score in scores.items()]
+        lowest = min((float(score.min()) for score in kept if score.numel()), default=torch.inf)
         for weight in group:
             score, parameter = scores[weight.name], weight.parameter
             before = controller.weights[weight.name].mask
@@ -92,6 +100,21 @@ def _scores(
 ) -> dict[str, Tensor]:
     generator, moments = controller.generator, controller.moments
     return {weight.name: score_of(weight, config, generator, moments) for weight in group}
+
+
+def _check_scores(
+    controller: Controller, scores: Mapping[str, Tensor], config: SparsityConfig
+) -> None:
+    running = controller.resurrection
+    if running is None or running.hidden is None:
+        return
+    for name, score in scores.items():
+        if bool((score < 0).any()):
+            raise ArgumentError(
+                f"method: expected scores >= 0 of {config.method!r} with strategy='open' and "
+                "hidden theta, which enters in proportion to its score, got a least one of "
+                f"{float(score.min()):g} for {name}; strategy='reprune' takes any"
+            )
 
 
 def _contests(

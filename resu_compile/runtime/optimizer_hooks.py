@@ -240,7 +240,7 @@ def _prepare(optimizer: Optimizer, view: _View) -> None:
             weight.clean_gradient(parameter, Routing.ACTIVE)
         nested = False
         if running is not None:
-            if weight not in view.synced and not running.resumed:
+            if weight not in view.synced and (not running.resumed or weight in _survivors):
                 _zero_on_first_sight(optimizer, view, parameter, weight)  # from before sparsify
             running.observe(optimizer, weight, parameter)
             if running.has_to_choose(weight) and not skipped_by_scaler(optimizer):

@@ -39,6 +39,8 @@ class Resurrection:
         report: what the commit did, once there was one.
         gradients: those of the last step, if the commit is to score by them.
         hidden: theta, if forward passes do not see it.
+        committing: True while a commit looks at the weights, which show theta to its own forward
+            passes as well (calibration, scores).
         resumed: True if it came out of a ``state_dict``.
         chosen: weight name -> packed mask of the pruned places that hold theta, once
             ``config.places`` has chosen them.
@@ -54,6 +56,7 @@ class Resurrection:
         self.report: CommitReport | None = None
         self.resumed = False
         self.score_lost = False
+        self.committing = False
         self._hidden: dict[str, SetAside] = {}
         by_gradient = config.score in ("gradient", "growth")
         self.gradients = LastGradients() if by_gradient else None
@@ -138,6 +141,9 @@ class Resurrection:
     def show(self, weight: MaskedWeight, parameter: nn.Parameter) -> None:
         """Let the weight show theta until ``after_step``."""
         if self.hidden is not None:
+            aside = self._hidden.get(weight.name)
+            if aside is not None and aside.backward_count != weight.backward_count:
+                self._recover(weight)  # of a step() that raised
             self.hidden.show(weight, parameter)
 
     def before_step(
@@ -183,17 +189,20 @@ class Resurrection:
     @contextmanager
     def shown(self, weights: Mapping[str, MaskedWeight]) -> Iterator[None]:
         """Let the weights show theta inside the block, which is to commit; not if it raises."""
-        if self.hidden is not None:
-            for weight in weights.values():
-                self.hidden.show(weight, weight.parameter)
+        if self.hidden is None:
+            yield
+            return
+        for weight in weights.values():
+            self.hidden.show(weight, weight.parameter)
+        self.committing = True
         try:
             yield
         except BaseException:
-            if self.hidden is not None:
-                for weight in weights.values():
-                    self.hidden.recover(weight)
-                    weight.enforce_zeros(weight.parameter)
+            for weight in weights.values():
+                self.hidden.recover(weight, weight.parameter)
             raise
+        finally:
+            self.committing = False
 
     def settle(self, weight: MaskedWeight, before: Tensor) -> None:
         """Go on under a new mask of ``weight``, whose mask was ``before`` (bool)."""
@@ -205,9 +214,9 @@ class Resurrection:
         """Put back the weights that a ``step()`` that raised has left without theta."""
         for name in list(self._hidden):
             self._recover(weights[name])
-        if self.hidden is not None:
+        if self.hidden is not None and not self.committing:
             for weight in weights.values():
-                self.hidden.recover(weight)
+                self.hidden.recover(weight, weight.parameter)
 
     def _recover(self, weight: MaskedWeight) -> None:
         hidden = self._hidden.pop(weight.name, None)

@@ -291,7 +291,8 @@ class Cycle:
         if span.sparsity == 0.0:
             controller.set_phase("dense")
             return
-        merged = controller.sparsity == 0.0  # a commit that kept all theta
+        # a commit that kept all theta
+        merged = controller.sparsity == 0.0 and controller.resurrection is None
         same = controller.config.sparsity == span.sparsity and not merged
         if controller.phase is Phase.DENSE or not same:
             self._prune(controller, span)
@@ -316,6 +317,7 @@ class Cycle:
             and self.config.densify is None
             and following is not None
             and following.stage is Stage.RESU
+            and following.sparsity > 0.0
         )
 
     def _prune(self, controller: Controller, span: Span) -> None:

@@ -412,6 +412,73 @@ def test_abandoned_it_is_gone():
         assert (weight.parameter[~weight.mask] == 0).all()
 
 
+def test_forward_passes_of_a_commit_lose_no_theta():
+    """Calibration runs the model, and so may a score; they see theta, as the commit does."""
+    model, controller, _ = trained()
+    theta, masks = theta_of(controller), controller.masks
+    shown = {n: p.detach() + theta.get(n, 0.0) for n, p in model.named_parameters()}
+
+    def score(name, value):
+        model(torch.randn(2, 3, 8))
+        assert torch.equal(value, shown[name])
+        return value.abs()
+
+    assert controller.commit(0.3, score=score, go_on=True).resurrected > 0
+    check_hidden(controller)
+    for name, mask in controller.masks.items():
+        came, stay = mask & ~masks[name], ~mask & ~masks[name]
+        assert torch.equal(model.get_parameter(name)[came], theta[name][came])
+        assert torch.equal(theta_of(controller)[name][stay], theta[name][stay])
+
+
+def test_a_calibrated_method_prunes_again_and_theta_goes_on():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    data = [torch.randn(6, 8) for _ in range(3)]
+    resu.sparsify(model, 0.5, method="wanda", calibration=data, compile=False)
+    controller = resu.controller(model)
+    controller.resurrect(hidden=True, strategy="reprune", rule="sgd", lr=0.5).__enter__()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    for batch in data:
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
+    report = controller.commit(calibration=data, go_on=True)
+    assert report.resurrected > 0
+    check_hidden(controller)
+    assert any((value != 0).any() for value in theta_of(controller).values())
+    assert all((w.parameter[w.mask] != 0).all() for w in controller.weights.values())
+
+
+def test_a_hook_that_runs_the_model_loses_no_step():
+    model = sparse()
+    controller, optimizer = begin(model), optim.SGD(model.parameters(), lr=0.1)
+    optimizer.register_step_post_hook(lambda *_: model(torch.randn(2, 3, 8)))
+    plain = ByHand(model)
+    its = optim.SGD(plain.model.parameters(), lr=0.1)
+    for seed in range(3):
+        step(model, optimizer, seed)
+        plain.step(its, seed)
+        check_hidden(controller)
+    assert any((value != 0).any() for value in theta_of(controller).values())
+    plain.check(controller)
+
+
+def test_writes_that_nobody_saw_are_found():
+    """At the first step, as in the SPARSE phase; forward passes see zeros then."""
+    model = sparse()
+    controller, optimizer = begin(model), optim.SGD(model.parameters(), lr=0.1)
+    step(model, optimizer, 0)
+    for weight in controller.weights.values():
+        weight.parameter.data.add_(0.01)
+    for seed in range(1, 40):
+        step(model, optimizer, seed)
+        for weight in controller.weights.values():
+            weight.parameter.data.add_(0.01)
+    model(torch.randn(2, 3, 8))
+    check_hidden(controller)
+
+
 # -- state -------------------------------------------------------------------------------------
 def test_a_saved_phase_goes_on_bit_for_bit():
     model, controller, optimizer = trained()
@@ -430,6 +497,34 @@ def test_a_saved_phase_goes_on_bit_for_bit():
     again.commit(strategy="reprune")
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_loaded_phase_goes_on_before_its_first_step():
+    """The state that the optimizer brings along fits the masks after the tournament."""
+    model, controller, optimizer = trained(strategy="open", budget=0.3)
+    saved = copy.deepcopy([model.state_dict(), controller.state_dict(), optimizer.state_dict()])
+    other = sparse(seed=1)
+    its = optim.AdamW(other.parameters(), lr=0.05)
+    other.load_state_dict(saved[0])
+    again = resu.controller(other)
+    again.load_state_dict(saved[1])
+    its.load_state_dict(saved[2])
+    assert controller.commit(go_on=True).resurrected > 0
+    again.commit(go_on=True)
+    for seed in (7, 8):
+        step(model, optimizer, seed)
+        step(other, its, seed)
+    assert all(torch.equal(v, theta_of(again)[n]) for n, v in theta_of(controller).items())
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_state_of_other_weights_is_refused():
+    _model, controller, _ = trained()
+    state = controller.state_dict()
+    state["resurrection"]["hidden"]["fc.weight"] = torch.zeros(2, 2)
+    with pytest.raises(ArgumentError, match="^state: expected hidden theta .* got fc.weight"):
+        controller.load_state_dict(state)
 
 
 def test_a_copy_of_the_model_has_its_own():

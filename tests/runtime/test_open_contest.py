@@ -10,6 +10,7 @@ from torch import nn
 
 import resu_compile as resu
 from resu_compile.errors import ArgumentError
+from resu_compile.methods import Magnitude
 from resu_compile.sparsity import keep_count
 
 
@@ -127,6 +128,63 @@ def test_a_pattern_is_kept(budget):
     for name, weight in controller.weights.items():
         assert (weight.mask.view(-1, 4).sum(1) == 2).all()
         assert report.weights[name].resurrected == int(budget * weight.nnz)
+
+
+def test_scores_have_to_be_sizes():
+    class Below(Magnitude):
+        def score(self, weight, generator):
+            return super().score(weight, generator) - 1.0
+
+    torch.manual_seed(0)
+    model = resu.sparsify(nn.Linear(6, 5), 0.5, method=Below(), compile=False)
+    controller = resu.controller(model)
+    controller.resurrect(hidden=True, strategy="open").__enter__()
+    before = model.weight.detach().clone()
+    with pytest.raises(ArgumentError, match="^method: expected scores >= 0 of .*'reprune'"):
+        controller.commit()
+    assert torch.equal(model.weight, before)
+    controller.commit(strategy="reprune")
+
+
+def test_a_kept_zero_limits_nobody():
+    """Places that fill a falling sparsity may hold 0."""
+    _model, controller, theta = build(1, 0.9, "global")
+    for name, value in theta.items():
+        value[:2] = 0.0
+        controller.resurrection.hidden._aside[name].value.copy_(value)
+    before = controller.masks
+    controller.commit(sparsity=0.0, go_on=True)
+    for name, weight in controller.weights.items():
+        came = ~before[name] & (theta[name] != 0)
+        assert (weight.parameter[came] != 0).all()
+
+
+def test_contests_and_limits_are_of_the_new_settings():
+    """A weight that is named now is a contest of its own, and limits nobody else."""
+    _model, controller, theta = build(2, 0.6, "global")
+    controller.weights["2.weight"].parameter.data.mul_(1e-6)
+    before = controller.masks
+    controller.commit(1.0, sparsity=0.5, overrides={"2.weight": 0.5}, go_on=True)
+    came = controller.weights["0.weight"].mask & ~before["0.weight"]
+    assert came.any()
+    kept = controller.weights["0.weight"].parameter[controller.weights["0.weight"].mask]
+    assert controller.weights["0.weight"].parameter[came].abs().min() >= kept.abs().min()
+    assert controller.weights["0.weight"].parameter[came].abs().max() > 1e-4
+    with pytest.raises(ArgumentError, match="^overrides: "):
+        controller.commit(sparsity=0.5, overrides={"nobody": 0.5})
+    assert "nobody" not in controller.config.overrides
+
+
+def test_under_a_pattern_a_calibrated_method_goes_by_the_score():
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(16, 8)), [torch.randn(4, 16)]
+    resu.sparsify(model, method="wanda", pattern="2:4", calibration=data, compile=False)
+    controller = resu.controller(model)
+    controller.resurrect(hidden=True, strategy="open").__enter__()
+    (aside,) = controller.resurrection.hidden._aside.values()
+    aside.value.fill_(9.0).masked_fill_(controller.masks["0.weight"], 0)
+    assert controller.commit(0.25).resurrected == 16
+    assert (controller.masks["0.weight"].view(-1, 4).sum(1) == 2).all()
 
 
 def test_it_looks_at_no_data():

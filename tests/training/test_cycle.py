@@ -277,6 +277,13 @@ def test_a_run_that_ends_early_hides_nothing(stop):
     assert counts(cycle) == expected_counts(cycle.span.sparsity)
 
 
+def test_a_schedule_may_be_dense_in_between():
+    model, settings = make_model(), {"cycles": 4, "schedule": (0.5, 0.0, 0.0, 0.75)}
+    cycle = Cycle(model, config(resurrection=HIDDEN, cycle=RESU, **settings))
+    drive(model, cycle, make_batches())
+    assert counts(cycle) == expected_counts(0.75)
+
+
 def test_merged_theta_leaves_nothing_to_go_on():
     model, events = make_model(), []
     theta = ResurrectionConfig(hidden=True, strategy="merge")
