@@ -102,7 +102,7 @@ class HiddenTheta:
             self._take(weight, parameter)
 
     def settle(self, weight: MaskedWeight, before: Tensor) -> None:
-        """Go on under a new mask: what stays pruned keeps theta, what is newly pruned starts from 0.
+        """Go on under a new mask: what stays pruned keeps theta, all else has 0.
 
         A calibrated method has written zeros where the weight showed theta.
 
