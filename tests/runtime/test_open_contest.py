@@ -146,6 +146,21 @@ def test_scores_have_to_be_sizes():
     controller.commit(strategy="reprune")
 
 
+def test_random_scores_limit_nobody():
+    """They are drawn, and say nothing of sizes."""
+    torch.manual_seed(0)
+    model = resu.sparsify(nn.Linear(16, 16), 0.5, method="random", compile=False)
+    controller = resu.controller(model)
+    controller.resurrect(hidden=True, strategy="open").__enter__()
+    before = controller.masks["weight"]
+    (aside,) = controller.resurrection.hidden._aside.values()
+    aside.value.fill_(9.0).masked_fill_(before, 0)
+    controller.commit(1.0)
+    came = controller.masks["weight"] & ~before
+    assert came.any()
+    assert (model.weight[came] == 9.0).all()
+
+
 def test_a_kept_zero_limits_nobody():
     """Places that fill a falling sparsity may hold 0."""
     _model, controller, theta = build(1, 0.9, "global")
