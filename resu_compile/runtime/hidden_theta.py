@@ -114,7 +114,6 @@ class HiddenTheta:
         aside.depth = 0
         with torch.no_grad():
             aside.value.masked_fill_((before | weight.mask).to(aside.value.device), 0)
-        weight.distrust_value()
         weight.enforce_zeros(weight.parameter)
 
     def values(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A small net whose resurrections let a few places hold theta."""
+"""A small net and its steps; resurrections that let a few of its places hold theta."""
 
 from __future__ import annotations
 

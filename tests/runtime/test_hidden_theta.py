@@ -15,25 +15,15 @@ from resu_compile.errors import ArgumentError
 from resu_compile.phase import Phase
 from resu_compile.runtime.optimizer_state import same_shaped_state
 from tests.integration.test_invariants import FORMS, OPTIMIZERS, Net, build, loss_of
+from tests.runtime.places import sparse, step
 
 RULES = ["optimizer", "sgd", "momentum", "adam", "selective", "subset"]
-
-
-def sparse(sparsity=0.6, seed=0, **arguments):
-    torch.manual_seed(seed)
-    return resu.sparsify(Net(), sparsity, compile=False, **arguments)
 
 
 def begin(model, **terms):
     controller = resu.controller(model)
     controller.resurrect(**{"hidden": True, **terms}).__enter__()
     return controller
-
-
-def step(model, optimizer, seed):
-    optimizer.zero_grad()
-    loss_of(model, seed).backward()
-    optimizer.step()
 
 
 def theta_of(controller):

@@ -52,11 +52,11 @@ def config(**changes: object) -> TrainingConfig:
     return TrainingConfig(**{**values, **changes})
 
 
-def drive(model: nn.Module, cycle, batches, optimizer=None) -> None:
-    """A user's own loop, from where ``cycle`` stands to the end of its plan."""
+def drive(model: nn.Module, cycle, batches, optimizer=None, stop: int | None = None) -> None:
+    """A user's own loop, from where ``cycle`` stands to the end of its plan, or to ``stop``."""
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=0.01)
     cycle.start()
-    while not cycle.done:
+    while not cycle.done and cycle.step_index != stop:
         loss_fn(model, batches[cycle.step_index % len(batches)]).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -263,14 +263,9 @@ def test_hidden_theta_goes_on_from_cycle_to_cycle(strategy):
 
 @pytest.mark.parametrize("stop", [12, 13, 20])
 def test_a_run_that_ends_early_hides_nothing(stop):
-    model, batches = make_model(), make_batches()
-    cycle, optimizer = Cycle(model, config(resurrection=HIDDEN, cycle=RESU)), optimizer_of(model)
-    cycle.start()
-    while cycle.step_index < stop:
-        loss_fn(model, batches[cycle.step_index % 7]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        cycle.step()
+    model = make_model()
+    cycle = Cycle(model, config(resurrection=HIDDEN, cycle=RESU))
+    drive(model, cycle, make_batches(), stop=stop)
     assert cycle.controller.phase is Phase.RESU
     assert cycle.finish() is model
     assert cycle.controller.phase is Phase.SPARSE
@@ -456,12 +451,7 @@ def test_a_users_loop_resumes_bit_for_bit(stop):
 
     first = make_model()
     cycle, optimizer = Cycle(first, settings), optimizer_of(first)
-    cycle.start()
-    while cycle.step_index < stop:
-        loss_fn(first, batches[cycle.step_index % 7]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        cycle.step()
+    drive(first, cycle, batches, optimizer, stop=stop)
     saved = (
         {k: v.clone() for k, v in first.state_dict().items()},
         cycle.controller.state_dict(),
