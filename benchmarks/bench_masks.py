@@ -1,10 +1,11 @@
-"""Masks: choosing the largest scores of a weight or of each row, and zeroing what is pruned.
+"""Masks: choosing the largest scores, of a weight or of each row, and moving what is pruned.
 
     python -m pytest benchmarks/bench_masks.py               # a group for each question and size
     python -m benchmarks.bench_masks --table
 
 70 % pruned, fp32. The references are what torch offers: ``torch.topk`` and a scatter of its indices
-for a selection, a product with the mask for zeroing. Results are checked before they are timed.
+for a selection, a product with the mask for zeroing, two for taking out. Results are checked before
+they are timed.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from benchmarks import harness
 from benchmarks.group_table import table_main
 from benchmarks.harness import CUDA, DEVICE, Entry, Group
 from resu_compile.kernels._triton import HAS_TRITON
-from resu_compile.kernels.mask_bits import pack_mask, zero_where_
+from resu_compile.kernels.mask_bits import pack_mask, take_pruned_, zero_where_
 from resu_compile.kernels.radix_select import (
     topk_mask,
     topk_mask_cuda,
@@ -33,6 +34,7 @@ SIDES = (2048, 4096) if CUDA else (512, 1024)
 SPARSITY = 0.7
 SELECT_BYTES = 4 + 1  # an entry: read a score, write a bool
 ZERO_BYTES = 4 + 4 + 1 / 8  # an entry: read and write a weight, read a bit
+TAKE_BYTES = 4 + 4 + 4 + 1 / 8  # and write what is taken
 
 Select = Callable[[Tensor, int], Tensor]
 
@@ -120,6 +122,28 @@ def build_zero(side: int) -> dict[str, Entry]:
     }
 
 
+def take_by_torch(x: Tensor, mask: Tensor, out: Tensor) -> None:
+    """A product for what is taken, and one for what is left."""
+    torch.mul(x, ~mask, out=out)
+    x.mul_(mask)
+
+
+def build_take(side: int) -> dict[str, Entry]:
+    weights = [draw_score(side, seed) for seed in range(harness.copies_of(2 * side * side * 4))]
+    mask = draw_score(side, 1000) > 0
+    bits = pack_mask(mask)
+    outs = [torch.empty_like(weight) for weight in weights]
+    ours, taken = weights[0].clone(), outs[0]
+    take_pruned_(ours, bits, taken)
+    assert torch.equal(taken, torch.where(mask, 0.0, weights[0]))
+    assert torch.equal(ours, torch.where(mask, weights[0], 0.0))
+    moved = TAKE_BYTES * side * side
+    pairs = list(zip(weights, outs, strict=True))
+    plain = tuple(functools.partial(take_by_torch, w, mask, out) for w, out in pairs)
+    op = tuple(functools.partial(take_pruned_, w, bits, out) for w, out in pairs)
+    return {"torch": Entry(plain, moved), "op": Entry(op, moved)}
+
+
 def groups(*, smallest: bool = False) -> list[Group]:
     """The groups of the suite; ``smallest``: one small size."""
     found = []
@@ -127,12 +151,13 @@ def groups(*, smallest: bool = False) -> list[Group]:
         k_all, k_row = int((1 - SPARSITY) * side * side), int((1 - SPARSITY) * side)
         whole = functools.partial(build_select, side, WHOLE, check_whole, k_all)
         rows = functools.partial(build_select, side, ROWS, check_rows, k_row)
-        zero = functools.partial(build_zero, side)
+        zero, take = functools.partial(build_zero, side), functools.partial(build_take, side)
         size = f"{side}x{side}"
         found += [
             Group(f"top-k mask, {size}", tuple(WHOLE), ("torch.topk",), whole),
             Group(f"top-k of each row, {size}", tuple(ROWS), ("torch.topk",), rows),
             Group(f"zero the pruned, {size}", ("multiply", "op"), ("multiply",), zero),
+            Group(f"take the pruned, {size}", ("torch", "op"), ("torch",), take),
         ]
     return found
 

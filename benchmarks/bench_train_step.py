@@ -222,6 +222,8 @@ def peak_bytes(step: Callable[[], Tensor], model: nn.Module, optimizer: torch.op
         kept += sum(weight.bits.nbytes for weight in control.weights.values())
         if control.moments is not None:
             kept += 4 * sum(weight.numel for weight in control.weights.values())
+        if control.resurrection is not None and control.resurrection.hidden is not None:
+            kept += sum(weight.parameter.nbytes for weight in control.weights.values())
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()  # other models are among it

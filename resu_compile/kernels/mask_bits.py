@@ -1,9 +1,10 @@
-"""Packed masks: one bit a weight, and the in-place zeroing that reads them.
+"""Packed masks: one bit a weight, and what writes tensors in place by them.
 
     bits[j] = sum_i mask.flatten()[8 j + i] << i        (i in 0..7; 1 = active, 0 = pruned)
 
 ``zero_where_(x, bits, keep)`` writes 0 where the bit differs from ``keep``:
 ``keep=True`` keeps the active set, ``keep=False`` keeps the pruned set.
+``take_pruned_(x, bits, out)`` moves the pruned entries of x over to out, in one pass.
 """
 
 from __future__ import annotations
@@ -64,6 +65,11 @@ def check_bits(bits: Tensor, numel: int) -> None:
         )
 
 
+def take_pruned_reference(x: Tensor, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Plain meaning of ``take_pruned_``, out of place: what is left in ``x``, and ``out``."""
+    return zero_where_reference(x, bits, True), zero_where_reference(x, bits, False)
+
+
 # -- Triton ----------------------------------------------------------------------------------
 @jit
 def _zero_where_kernel(x_ptr, bits_ptr, numel, KEEP: tl.constexpr, BLOCK: tl.constexpr):
@@ -82,7 +88,23 @@ def zero_where_triton(x: Tensor, bits: Tensor, keep: bool) -> None:
     _zero_where_kernel[grid](x, bits, x.numel(), KEEP=keep, BLOCK=BLOCK)
 
 
-# -- operator --------------------------------------------------------------------------------
+@jit
+def _take_pruned_kernel(x_ptr, bits_ptr, out_ptr, numel, BLOCK: tl.constexpr):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < numel
+    byte = tl.load(bits_ptr + (offs >> 3), mask=inside, other=0).to(tl.int32)
+    pruned = inside & (((byte >> (offs & 7).to(tl.int32)) & 1) == 0)
+    tl.store(out_ptr + offs, tl.load(x_ptr + offs, mask=pruned, other=0), mask=inside)
+    tl.store(x_ptr + offs, tl.zeros((BLOCK,), x_ptr.dtype.element_ty), mask=pruned)
+
+
+def take_pruned_triton(x: Tensor, bits: Tensor, out: Tensor) -> None:
+    """Launch the kernel on contiguous ``x`` and ``out``; active entries of ``x`` are not read."""
+    grid = (cdiv(x.numel(), BLOCK),)
+    _take_pruned_kernel[grid](x, bits, out, x.numel(), BLOCK=BLOCK)
+
+
+# -- operators -------------------------------------------------------------------------------
 @torch.library.custom_op("resu_compile::zero_where_", mutates_args=("x",))
 def zero_where_(x: Tensor, bits: Tensor, keep: bool) -> None:
     """Write 0 into ``x`` in place wherever the mask bit differs from ``keep``.
@@ -105,3 +127,37 @@ def zero_where_(x: Tensor, bits: Tensor, keep: bool) -> None:
 @zero_where_.register_fake
 def _zero_where_fake(x: Tensor, bits: Tensor, keep: bool) -> None:
     check_bits(bits, x.numel())
+
+
+@torch.library.custom_op("resu_compile::take_pruned_", mutates_args=("x", "out"))
+def take_pruned_(x: Tensor, bits: Tensor, out: Tensor) -> None:
+    """Move the pruned entries of ``x`` to ``out``: 0 is left there, and ``out`` is 0 elsewhere.
+
+    Args:
+        x: floating point, any shape and strides; changed in place.
+        bits: uint8, packed mask of ``x.numel()`` elements in row-major order.
+        out: shape, dtype and device of ``x``; all of it is written.
+    """
+    _check_taking(x, bits, out)
+    if x.numel() == 0:
+        return
+    if x.is_cuda and HAS_TRITON and x.is_contiguous() and out.is_contiguous():
+        take_pruned_triton(x, bits, out)
+        return
+    mask = unpack_mask(bits, x.shape)
+    out.copy_(x).masked_fill_(mask, 0)
+    x.masked_fill_(~mask, 0)
+
+
+@take_pruned_.register_fake
+def _take_pruned_fake(x: Tensor, bits: Tensor, out: Tensor) -> None:
+    _check_taking(x, bits, out)
+
+
+def _check_taking(x: Tensor, bits: Tensor, out: Tensor) -> None:
+    check_bits(bits, x.numel())
+    if (out.shape, out.dtype, out.device) != (x.shape, x.dtype, x.device):
+        raise ArgumentError(
+            f"out: expected {x.dtype} of shape {tuple(x.shape)} on {x.device}, as x has it, got "
+            f"{out.dtype} of shape {tuple(out.shape)} on {out.device}"
+        )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from resu_compile.kernels.mask_bits import zero_where_
+from resu_compile.kernels.mask_bits import take_pruned_
 from resu_compile.state import MaskedWeight
 
 
@@ -88,10 +88,7 @@ class HiddenTheta:
     def _take(self, weight: MaskedWeight, parameter: nn.Parameter) -> None:
         self._follow(weight.name, parameter)
         with torch.no_grad():
-            value = self._aside[weight.name].value
-            value.copy_(parameter)
-            zero_where_(value, weight.bits, False)
-            zero_where_(parameter, weight.bits, True)
+            take_pruned_(parameter, weight.bits, self._aside[weight.name].value)
         weight.trust_value(parameter)
 
     def recover(self, weight: MaskedWeight, parameter: nn.Parameter) -> None:

@@ -33,7 +33,7 @@ from resu_compile.methods import (
 from resu_compile.training.densify import Densification, Pause
 from resu_compile.training.method_settings import settle_method
 from resu_compile.training.plan import build_plan, cycle_sparsities
-from resu_compile.training.schedules import Schedule, check_schedule
+from resu_compile.training.schedules import AUTO, Schedule, check_schedule
 from resu_compile.training.serialization import from_plain, read_data, to_plain, write_data
 
 Names = str | tuple[str, ...] | Callable[[str, Tensor], bool]
@@ -154,8 +154,9 @@ class TrainingConfig:
         cycle: how the steps of one cycle are divided.
         sparsity: after the last cycle, in [0, 1); None is that of ``pattern``.
         initial_sparsity: before the first cycle, in [0, 1).
-        schedule: how sparsity goes from the one to the other: a name of
-            ``resu_compile.training.schedules.SHAPES``, one sparsity per cycle, or a function of t.
+        schedule: how sparsity goes from the one to the other: ``"auto"``, the steeper the sparser
+            the goal (``auto_shape``); a name of ``resu_compile.training.schedules.SHAPES``; one
+            sparsity per cycle; or a function of t.
         method: as in ``SparsityConfig``, for the cycles of RESU; or a training method, by name or
             as an object, which takes their place (docs/methods.md).
         method_options: settings of a training method that is given by name.
@@ -195,7 +196,7 @@ class TrainingConfig:
     cycle: CycleShares = field(default_factory=lambda: CycleShares(**RESU_ONLY))
     sparsity: float = 0.7
     initial_sparsity: float = 0.0
-    schedule: Schedule = "quintic"
+    schedule: Schedule = AUTO
     method: str | AnyMethod | TrainingMethod = "saliency"
     method_options: Mapping[str, Any] = field(default_factory=dict)
     scope: Literal["layer", "global"] = cast("Any", None)  # settled when built

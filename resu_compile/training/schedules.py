@@ -15,6 +15,7 @@ from resu_compile.errors import ArgumentError, ArgumentTypeError, check_number, 
 
 Shape = Callable[[float], float]
 Schedule = str | tuple[float, ...] | Shape
+AUTO = "auto"
 
 
 def constant(t: float) -> float:  # noqa: ARG001 - every shape takes the time
@@ -52,34 +53,44 @@ def cubic(t: float) -> float:
     return 1.0 - (1.0 - t) ** 3
 
 
-def quintic(t: float) -> float:
-    """``1 - (1 - t)^5``: most of the way in the first third."""
-    return 1.0 - (1.0 - t) ** 5
-
-
 SHAPES: dict[str, Shape] = {
     "constant": constant,
     "linear": linear,
     "exponential": exponential,
     "cosine": cosine,
     "cubic": cubic,
-    "quintic": quintic,
 }
+
+
+def auto_shape(final: float) -> Shape:
+    """``1 - (1 - t)^n``, n = max(2, log2(s / (1 - s))): at half the time, twice the final density.
+
+    Density goes as ``1 - s + s (1 - t)^n`` from a dense start, so that a sparser goal is neared
+    earlier and leaves as much of the time to the network that is about as sparse as it will be.
+    n is 3.2 at s = 0.9, 4.2 at 0.95 and 5.6 at 0.98; it is 2 up to 0.8, below which the density at
+    half the time is less than twice the final one.
+
+    Args:
+        final: s, the sparsity after the last cycle, in [0, 1).
+    """
+    power = max(2.0, math.log2(final / (1.0 - final))) if final > 0.5 else 2.0
+    return lambda t: 1.0 - (1.0 - t) ** power
 
 
 def check_schedule(schedule: object, *, cycles: int, final: float) -> Schedule:
     """``schedule`` in its checked form, or an error that says what one is.
 
     Args:
-        schedule: a name of ``SHAPES``, one sparsity per cycle, or a function of t in [0, 1].
+        schedule: ``"auto"``, a name of ``SHAPES``, one sparsity per cycle, or a function of t in
+            [0, 1].
         cycles: how many cycles there are.
         final: the sparsity that the last of given sparsities has to be, in [0, 1).
     """
     if isinstance(schedule, str):
-        if schedule not in SHAPES:
+        if schedule not in (AUTO, *SHAPES):
             raise ArgumentError(
-                f"schedule: expected one of {', '.join(sorted(SHAPES))}, one sparsity per cycle, "
-                f"or a function of t in [0, 1]; got {schedule!r}"
+                f"schedule: expected one of {', '.join((AUTO, *sorted(SHAPES)))}, one sparsity per "
+                f"cycle, or a function of t in [0, 1]; got {schedule!r}"
             )
         return schedule
     if isinstance(schedule, (tuple, list)):
@@ -119,7 +130,10 @@ def scheduled_sparsities(
     """
     if isinstance(schedule, tuple):
         return schedule
-    shape = SHAPES[schedule] if isinstance(schedule, str) else schedule
+    if schedule == AUTO:
+        shape = auto_shape(final)
+    else:
+        shape = SHAPES[schedule] if isinstance(schedule, str) else schedule
     way = [initial + (final - initial) * shape((c + 1) / cycles) for c in range(cycles)]
     way[-1] = final  # free of rounding
     return tuple(check_share(value, name=f"schedule at cycle {c}") for c, value in enumerate(way))

@@ -16,6 +16,9 @@ from resu_compile.kernels.mask_bits import (
     BLOCK,
     check_bits,
     pack_mask,
+    take_pruned_,
+    take_pruned_reference,
+    take_pruned_triton,
     unpack_mask,
     zero_where_,
     zero_where_reference,
@@ -35,6 +38,14 @@ IMPLS = [
     pytest.param(zero_where_, id="op"),
     pytest.param(
         zero_where_triton,
+        id="triton",
+        marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"),
+    ),
+]
+TAKING = [
+    pytest.param(take_pruned_, id="op"),
+    pytest.param(
+        take_pruned_triton,
         id="triton",
         marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"),
     ),
@@ -151,6 +162,71 @@ def test_opcheck(form, keep, device):
     torch.library.opcheck(torch.ops.resu_compile.zero_where_.default, (x, bits, keep))
 
 
+# -- taking ----------------------------------------------------------------------------------
+@pytest.mark.parametrize("impl", TAKING)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_taking_matches_reference(shape, dtype, impl, device):
+    x, bits = make(shape, dtype, device)
+    expected = take_pruned_reference(x, bits)
+    out = torch.full_like(x, torch.nan)
+    assert impl(x, bits, out) is None
+    assert_close((x, out), expected, **EXACT)  # only selects
+
+
+@settings(deadline=None, max_examples=60)
+@given(shape=shapes, seed=st.integers(0, 2**31))
+def test_what_is_taken_can_be_added_back(shape, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    mask = torch.rand(shape, generator=generator) < 0.5
+    left, out = x.clone(), torch.empty_like(x)
+    take_pruned_(left, pack_mask(mask), out)
+    assert not left[~mask].any()
+    assert not out[mask].any()
+    assert_close(left + out, x, **EXACT)
+
+
+@pytest.mark.parametrize("impl", TAKING)
+def test_nan_of_active_entries_stays_where_it_is(impl, device):
+    x = torch.tensor([torch.nan, torch.nan, torch.inf, 1.0], device=device)
+    out = torch.full_like(x, torch.nan)
+    impl(x, pack_mask(torch.tensor([True, False, False, True], device=device)), out)
+    assert_close(x.tolist(), [torch.nan, 0.0, 0.0, 1.0], equal_nan=True)
+    assert_close(out.tolist(), [0.0, torch.nan, torch.inf, 0.0], equal_nan=True)
+
+
+@pytest.mark.parametrize("impl", TAKING)
+@pytest.mark.parametrize("numel", [1, 13, BLOCK - 1, BLOCK + 3])
+def test_taking_writes_only_its_tensors(numel, impl, device):
+    buffers = [torch.full((numel + 2 * BLOCK,), 7.0, device=device) for _ in range(2)]
+    x, out = (buffer[BLOCK:-BLOCK] for buffer in buffers)
+    impl(x, torch.zeros(-(-numel // 8), dtype=torch.uint8, device=device), out)
+    assert not x.any()
+    assert (out == 7).all()
+    for buffer in buffers:
+        assert (buffer[:BLOCK] == 7).all()
+        assert (buffer[-BLOCK:] == 7).all()
+
+
+@pytest.mark.parametrize("view", [torch.Tensor.t, lambda x: x[:, ::2], lambda x: x[:0]])
+def test_taking_from_views(view, device):
+    x, out = (view(torch.randn(6, 10, device=device)) for _ in range(2))
+    bits = pack_mask(torch.rand(x.shape, device=device) < 0.4)
+    expected = take_pruned_reference(x, bits)
+    take_pruned_(x, bits, out)
+    assert_close((x, out), expected, **EXACT)
+
+
+@pytest.mark.parametrize("form", ["contiguous", "transposed"])
+def test_opcheck_of_taking(form, device):
+    x, bits = make((6, 10), device=device)
+    x = x if form == "contiguous" else x.t()
+    torch.library.opcheck(
+        torch.ops.resu_compile.take_pruned_.default, (x, bits, torch.empty_like(x))
+    )
+
+
 # -- refusals --------------------------------------------------------------------------------
 def test_pack_refuses_other_dtypes():
     with pytest.raises(ArgumentError, match=r"expected dtype torch\.bool, got torch\.float32"):
@@ -174,3 +250,22 @@ def test_bits_that_do_not_fit(bits, got):
     ):
         with pytest.raises(ArgumentError, match=message):
             refuse()
+
+
+@pytest.mark.parametrize(
+    ("out", "got"),
+    [
+        (torch.ones(4, 4), r"float32 of shape \(4, 4\) on cpu"),
+        (torch.ones(4, 5).double(), r"float64 of shape \(4, 5\) on cpu"),
+        (torch.ones(4, 5, device="meta"), r"float32 of shape \(4, 5\) on meta"),
+    ],
+)
+def test_what_nothing_can_be_moved_to(out, got):
+    x, bits = make((4, 5))
+    before = x.clone()
+    message = (
+        rf"out: expected torch\.float32 of shape \(4, 5\) on cpu, as x has it, got torch\.{got}"
+    )
+    with pytest.raises(ArgumentError, match=message):
+        take_pruned_(x, bits, out)
+    assert_close(x, before, **EXACT)

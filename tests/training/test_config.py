@@ -61,7 +61,7 @@ def test_the_default_preset_warms_up_recovers_and_trains_theta_beside_the_rest()
     assert found == TrainingConfig()
     assert build_plan(found)[0].stage is Stage.WARMUP
     assert found.recovery > 0
-    assert found.schedule == "quintic"
+    assert found.schedule == "auto"
     assert (found.method, found.scope) == ("saliency", "global")
     theta = found.resurrection
     assert (theta.rule, theta.init, theta.freeze_active) == ("optimizer", "zero", False)

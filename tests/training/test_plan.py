@@ -26,7 +26,7 @@ from resu_compile.training.plan import (
     cycle_sparsities,
     default_warmup,
 )
-from resu_compile.training.schedules import SHAPES
+from resu_compile.training.schedules import AUTO, SHAPES, auto_shape
 from tests.training.models import config
 
 SHARE = st.floats(0.0, 10.0)
@@ -39,7 +39,7 @@ SHARE = st.floats(0.0, 10.0)
     recovery=st.floats(0.0, 0.4),
     cycles=st.integers(1, 12),
     shares=st.tuples(SHARE, SHARE, SHARE).filter(lambda s: s[1] + s[2] > 0),
-    schedule=st.sampled_from(sorted(SHAPES)),
+    schedule=st.sampled_from([AUTO, *sorted(SHAPES)]),
 )
 def test_spans_cover_every_step_once_in_order(steps, warmup, recovery, cycles, shares, schedule):
     edges = sum(max(round(steps * s), 1) if s else 0 for s in (warmup, recovery))
@@ -165,6 +165,23 @@ def test_shapes_rise_from_0_to_1(name):
     assert name == "constant" or shape(0.0) == pytest.approx(0.0)
 
 
+@given(sparsity=st.floats(0.8, 0.9999))
+def test_the_auto_shape_has_twice_the_final_density_at_half_the_time(sparsity):
+    density = 1.0 - sparsity * auto_shape(sparsity)(0.5)
+    assert density == pytest.approx(2.0 * (1.0 - sparsity))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.7, 0.8])
+def test_the_auto_shape_is_flat_up_to_80_percent(sparsity):
+    for t in (0.0, 0.3, 0.5, 1.0):
+        assert auto_shape(sparsity)(t) == pytest.approx(SHAPES["exponential"](t))
+
+
+def test_auto_goes_by_the_sparsity_of_the_last_cycle():
+    found = cycle_sparsities(config(cycles=2, sparsity=0.95, initial_sparsity=0.2, schedule=AUTO))
+    assert found == pytest.approx((0.2 + 0.75 * 0.9 / 0.95, 0.95))  # 0.9: twice the density of 0.95
+
+
 def test_given_sparsities_and_a_function():
     assert cycle_sparsities(config(schedule=(0.1, 0.7, 0.75))) == (0.1, 0.7, 0.75)
     assert cycle_sparsities(config(schedule=lambda t: t * t)) == pytest.approx(
@@ -175,7 +192,7 @@ def test_given_sparsities_and_a_function():
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        ("cubc", "schedule: expected one of constant"),
+        ("cubc", "schedule: expected one of auto, constant"),
         ((0.1, 0.75), "one sparsity for each of 3 cycles, got 2"),
         ((0.1, 0.2, 0.3), r"last sparsity to be sparsity=0\.75, got 0\.3"),
         ((0.1, 1.5, 0.75), r"schedule: expected a number in \[0, 1\)"),
