@@ -19,6 +19,7 @@ from resu_compile.errors import ArgumentError
 from resu_compile.kernels._triton import HAS_TRITON, cdiv, jit, tl
 
 BLOCK = 1024  # elements per program: at 4 warps and 4 bytes, two 128-bit accesses per thread
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
 # -- reference -------------------------------------------------------------------------------
@@ -45,9 +46,20 @@ def unpack_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
     """The bool mask of ``shape`` whose ``pack_mask`` is ``bits``."""
     numel = math.prod(shape)
     check_bits(bits, numel)
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    spread = (bits[:, None] >> shifts) & 1  # (bytes, 8)
-    return spread.view(-1)[:numel].view(tuple(shape)).to(torch.bool)
+    if bits.device.type == "cpu":  # eight entries at a time
+        spread = torch.index_select(_EIGHT_ENTRIES, 0, bits.to(torch.int32)).view(torch.bool)
+    else:
+        spread = _spread(bits).view(-1).to(torch.bool)
+    return spread[:numel].view(tuple(shape))
+
+
+def _spread(bits: Tensor) -> Tensor:
+    """Each bit of ``bits`` as a byte, shape ``[bytes, 8]``."""
+    return (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
+
+
+# a byte of bits -> its eight entries as one number
+_EIGHT_ENTRIES = _spread(torch.arange(256, dtype=torch.uint8, device="cpu")).view(torch.int64)[:, 0]
 
 
 def zero_where_reference(x: Tensor, bits: Tensor, keep: bool) -> Tensor:
@@ -104,6 +116,15 @@ def take_pruned_triton(x: Tensor, bits: Tensor, out: Tensor) -> None:
     _take_pruned_kernel[grid](x, bits, out, x.numel(), BLOCK=BLOCK)
 
 
+# -- without Triton --------------------------------------------------------------------------
+def _as_integers(x: Tensor) -> Tensor:
+    """The same memory as integers, of which none times 0 is NaN.
+
+    Their product with a mask has no branches: on a CPU it takes less time than ``masked_fill_``.
+    """
+    return x.view(INTEGERS[x.element_size()])
+
+
 # -- operators -------------------------------------------------------------------------------
 @torch.library.custom_op("resu_compile::zero_where_", mutates_args=("x",))
 def zero_where_(x: Tensor, bits: Tensor, keep: bool) -> None:
@@ -121,7 +142,7 @@ def zero_where_(x: Tensor, bits: Tensor, keep: bool) -> None:
         zero_where_triton(x, bits, keep)
         return
     mask = unpack_mask(bits, x.shape)
-    x.masked_fill_(~mask if keep else mask, 0)
+    _as_integers(x).mul_(mask if keep else ~mask)
 
 
 @zero_where_.register_fake
@@ -145,8 +166,8 @@ def take_pruned_(x: Tensor, bits: Tensor, out: Tensor) -> None:
         take_pruned_triton(x, bits, out)
         return
     mask = unpack_mask(bits, x.shape)
-    out.copy_(x).masked_fill_(mask, 0)
-    x.masked_fill_(~mask, 0)
+    torch.mul(_as_integers(x), ~mask, out=_as_integers(out))
+    _as_integers(x).mul_(mask)
 
 
 @take_pruned_.register_fake
