@@ -14,7 +14,7 @@ import importlib.metadata
 import os
 import secrets
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -37,6 +37,9 @@ from resu_compile.phase import Phase
 from resu_compile.program import SparseModule, load
 from resu_compile.runtime.released import ReleasedParameter, hollow_as_plain
 
+if TYPE_CHECKING:
+    from resu_compile.runtime.controller import Controller
+
 __all__ = ["SparseModule", "export", "export_masked", "load"]
 
 
@@ -54,7 +57,8 @@ def export(
     Of ``example_inputs`` the file keeps shapes and dtypes, not the values.
 
     Args:
-        model: sparsified model in phase SPARSE.
+        model: sparsified model in phase SPARSE, or a module around one or several: a model whose
+            calls take keywords, or return more than is wanted, goes into a module that calls it.
         example_inputs: positional arguments of one call; tensors on the model's device.
         path: file to write, ending in ``.pt2``; an existing file is replaced.
         mode: ``"sparse"`` stores each masked weight packed, one bit a position and the active
@@ -68,27 +72,39 @@ def export(
         The report: which weights were packed, which were left dense and why.
 
     Raises:
-        NotSparsifiedError: the model has no controller.
+        NotSparsifiedError: neither the model nor a module in it has a controller.
         PhaseError: the model is in phase DENSE or RESU.
         ArgumentError: ``mode`` or ``path`` cannot be used.
         ArgumentTypeError: ``example_inputs`` is no tuple, or ``path`` no path.
         WeightError: a parameter or buffer is a tensor subclass, which a file could only pickle.
         Exception: whatever ``torch.export.export`` raises if it cannot trace the model.
     """
-    from resu_compile.runtime.controller import controller
-
-    control = controller(model)
-    next_step = {
-        Phase.RESU: "commit() or abandon() the resurrection first",
-        Phase.DENSE: 'call controller(model).set_phase("sparse") first',
-    }.get(control.phase)
-    if next_step is not None:
-        raise PhaseError(f"export: expected phase sparse, got {control.phase}; {next_step}")
-    control.refresh()
     plain = getattr(model, "_orig_mod", model)  # what torch.compile(model) wrapped
+    masks: dict[str, Tensor] = {}
+    for prefix, control in _controllers(plain).items():
+        next_step = {
+            Phase.RESU: "commit() or abandon() the resurrection first",
+            Phase.DENSE: 'call controller(model).set_phase("sparse") first',
+        }.get(control.phase)
+        if next_step is not None:
+            raise PhaseError(f"export: expected phase sparse, got {control.phase}; {next_step}")
+        control.refresh()
+        masks |= {f"{prefix}{name}": mask for name, mask in control.masks.items()}
     return export_masked(
-        plain, control.masks, example_inputs, path, mode=mode, dynamic_shapes=dynamic_shapes
+        plain, masks, example_inputs, path, mode=mode, dynamic_shapes=dynamic_shapes
     )
+
+
+def _controllers(model: nn.Module) -> dict[str, Controller]:
+    """What stands before the names of its weights -> controller, of ``model`` or what it wraps."""
+    from resu_compile.runtime.controller import controller, find_controller
+
+    wrapped = {
+        f"{name}.": control
+        for name, module in model.named_modules()
+        if name and (control := find_controller(module)) is not None
+    }
+    return wrapped if wrapped and find_controller(model) is None else {"": controller(model)}
 
 
 def export_masked(

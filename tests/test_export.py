@@ -552,6 +552,34 @@ def test_export_through_a_compiled_wrapper(sparsified, tmp_path):
     assert torch.equal(program(x), eager(sparsified, x))
 
 
+class Around(nn.Module):
+    """The sum of what several models return."""
+
+    def __init__(self, *models):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, x):
+        return sum(model(x) for model in self.models)
+
+
+@pytest.mark.parametrize("others", [0, 1, 2])
+def test_export_of_a_module_around_sparsified_models(sparsified, others, tmp_path):
+    more = [resu_compile.sparsify(CNN(), sparsity=0.5), CNN()][:others]
+    wrapper = Around(sparsified, *more)
+    x = torch.randn(2, 3, 8, 8)
+    report = resu_compile.export(wrapper, (x,), tmp_path / "m.pt2")
+    expected = {f"models.0.{name}" for name in resu_compile.controller(sparsified).masks}
+    if more:
+        expected |= {f"models.1.{name}" for name in resu_compile.controller(more[0]).masks}
+    assert set(report.rewritten) == expected
+    program = resu_compile.load(tmp_path / "m.pt2", sparse_threshold=1.0)
+    assert torch.equal(program(x), eager(wrapper, x))
+    resu_compile.controller(sparsified).set_phase("dense")
+    with pytest.raises(PhaseError, match="got dense; call controller"):
+        export(wrapper, (x,), tmp_path / "m.pt2")
+
+
 def test_automatic_choice(saved):
     model, _, folder = saved  # its weights are too small to be worth a measurement
     program = load(folder / "sparse.pt2")

@@ -1,8 +1,9 @@
 """Configs by name: what measured well, and what the RESU paper's code ships.
 
-``default`` is what comparisons at equal steps taught: train dense first, ramp up cubically, let the
-optimizer train theta from zero beside the active weights, stop resurrecting well before the end.
-Its warm-up and cycles were chosen on validation data (docs/training.md has the numbers).
+``default`` is what comparisons at equal steps taught: train dense first, ramp up the steeper the
+sparser the goal, let the optimizer train hidden theta from zero beside the active weights, stop
+resurrecting well before the end. It was chosen on validation data (docs/training.md has the
+numbers).
 The others have the numbers of huy209vn/RESU (resu/training/config.py), warm-up and recovery
 excluded, which it does not have: ``preset("published", warmup=0.1, recovery=0.25)`` adds them.
 """
