@@ -22,6 +22,7 @@ from resu_compile.training import (
     Callback,
     CheckpointConfig,
     Cycle,
+    CycleShares,
     EarlyStop,
     SparseTraining,
     Trainer,
@@ -29,6 +30,7 @@ from resu_compile.training import (
     TrainingResult,
     checkpoint,
 )
+from resu_compile.training.config import RESU_ONLY, TRIAL
 from resu_compile.training.distributed import sync_masks
 from tests.training.models import adamw, config, loss_fn, make_batches, make_model
 
@@ -37,6 +39,16 @@ STEPS_OF_SAVED = 12  # in a RESU span
 PLACES = {
     "method": "saliency",
     "resurrection": ResurrectionConfig(places=0.4, score="saliency"),
+}
+
+HIDDEN = {  # what the default has, with enough of a budget for so small a model
+    "method": "saliency",
+    "cycles": 6,
+    "cycle": CycleShares(**RESU_ONLY),
+    "schedule": "auto",
+    "resurrection": ResurrectionConfig(**TRIAL),
+    "budget_start": 0.5,
+    "budget_end": 0.1,
 }
 
 
@@ -51,6 +63,7 @@ def main(rank: int, port: int, folder: str) -> None:
         "wrapped": averaged(rank, give_wrapper=True),
         "closure": averaged(rank, give_wrapper=False),
         "places": averaged(rank, give_wrapper=True, **PLACES),
+        "hidden": averaged(rank, give_wrapper=True, **HIDDEN),
         "resumed": resumed(rank, root),
         "wanda": calibrated(rank, method="wanda"),
         "wanda++": calibrated(rank, method="wanda++"),

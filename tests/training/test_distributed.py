@@ -56,10 +56,10 @@ def test_training_methods_choose_the_same_masks(found, method):
     assert abs(sum(int(mask.sum()) for mask in masks) - 48) <= 2
 
 
-@pytest.mark.parametrize("given", ["wrapped", "closure", "places"])
+@pytest.mark.parametrize("given", ["wrapped", "closure", "places", "hidden"])
 def test_two_ranks_are_one_process_with_all_their_batches(found, given):
     assert_agree(found, given)
-    changes = ranks.PLACES if given == "places" else {}
+    changes = {"places": ranks.PLACES, "hidden": ranks.HIDDEN}.get(given, {})
     trainer = make_trainer(changes={"accumulate": 4, **changes})
     result = trainer.fit(make_batches(12))
     run = found[0][given]
