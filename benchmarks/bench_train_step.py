@@ -2,6 +2,7 @@
 
     python -m pytest benchmarks/bench_train_step.py          # one group a model
     python -m benchmarks.bench_train_step --table            # ratios in the same run, peak memory
+    python -m benchmarks.bench_train_step --table --only dense resu
 
 Forward, backward and fused AdamW, under ``torch.compile``; on CUDA under bf16 autocast. "dense" is
 plain ``torch.compile``, "sparse" the SPARSE phase at 70 %, "resu" a resurrection by default, in
@@ -23,7 +24,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -231,13 +232,13 @@ def peak_bytes(step: Callable[[], Tensor], model: nn.Module, optimizer: torch.op
     return kept + torch.cuda.max_memory_allocated() - before
 
 
-def table_rows(size: Size) -> list[list[object]]:
+def table_rows(size: Size, impls: Sequence[str]) -> list[list[object]]:
     start = started(size)
     steps: dict[str, Callable[[], Tensor]] = {}
     memory: dict[str, float] = {}
     moments: dict[str, float] = {}
     seconds: dict[str, float] = {}
-    for impl in IMPLS:
+    for impl in impls:
         at = time.perf_counter()
         steps[impl], model, optimizer = step_of(size, impl, start)
         seconds[impl] = time.perf_counter() - at
@@ -246,10 +247,10 @@ def table_rows(size: Size) -> list[list[object]]:
             memory[impl] = peak_bytes(steps[impl], model, optimizer) / 2**30
     gc.collect()
     gc.disable()  # a collection of the compilers' graphs takes longer than a step
-    samples: dict[str, list[float]] = {impl: [] for impl in IMPLS}
+    samples: dict[str, list[float]] = {impl: [] for impl in impls}
     shuffle = random.Random(0).shuffle
     for _ in range(size.repeats):
-        order = list(IMPLS)
+        order = list(impls)
         shuffle(order)  # a drift of the clocks, or what ran before, meets all alike
         for impl in order:
             samples[impl].append(milliseconds(steps[impl], size.steps))
@@ -257,7 +258,7 @@ def table_rows(size: Size) -> list[list[object]]:
     pick = statistics.median if CUDA else min  # on a shared CPU other programs only add time
     best = {impl: pick(own) for impl, own in samples.items()}
     rows: list[list[object]] = []
-    for impl in IMPLS:
+    for impl in impls:
         spread = (max(samples[impl]) - min(samples[impl])) / best[impl]
         row = [size.name if impl == "dense" else "", impl, f"{best[impl]:.2f}"]
         row += [f"{best[impl] / best['dense']:.3f}", f"{spread:.1%}"]
@@ -267,11 +268,11 @@ def table_rows(size: Size) -> list[list[object]]:
     return rows
 
 
-def make_table() -> Result:
+def make_table(impls: Sequence[str]) -> Result:
     rows: list[list[object]] = []
     with harness.one_thread():
         for size in SIZES:
-            rows += table_rows(size)
+            rows += table_rows(size, impls)
             started.cache_clear()
             torch._dynamo.reset()
             gc.collect()
@@ -282,12 +283,15 @@ def make_table() -> Result:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--table", action="store_true", help="print one table")
+    parser.add_argument("--only", nargs="+", choices=IMPLS, default=IMPLS, help="steps to time")
     parser.add_argument("--json", metavar="PATH", help="write the table there as well")
     args = parser.parse_args()
     if not args.table:
         parser.error("expected --table")
+    if "dense" not in args.only:
+        parser.error("expected dense among --only: the others are shown against it")
     began = time.perf_counter()
-    result = make_table()
+    result = make_table(args.only)
     print(result.text())
     if args.json:
         result.save(args.json)

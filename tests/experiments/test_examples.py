@@ -93,11 +93,11 @@ def test_finetune_hf(tmp_path, capsys):
     ("name", "runs"),
     [
         ("evidence_bytes", 2 * 5 * (1 + 14 * 4)),
-        ("evidence_digits", 20 * (1 + 14 * 3)),
+        ("evidence_digits", 40 * (1 + 14 * 3)),
         ("experiment_small", 3 * (1 + 5 * 2)),
         ("ablations_bytes", 5 * (1 + 20 * 3)),
         ("ablations_digits", 10 * (1 + 20 * 3)),
-        ("evidence_bytes_1x", 5 * (1 + 8 * 4)),
+        ("evidence_bytes_1x", 5 * (1 + 14 * 4)),
     ],
 )
 def test_configs(name, runs):
@@ -119,7 +119,7 @@ def test_configs(name, runs):
 
 def test_evidence_has_all_methods():
     pytest.importorskip("yaml")
-    for name in ("evidence_bytes", "evidence_digits"):
+    for name in ("evidence_bytes", "evidence_bytes_1x", "evidence_digits"):
         config = ExperimentConfig.load(EXAMPLES / f"{name}.yaml")
         assert {m.name for m in config.methods} == {"dense", *training_method_names()}
 
