@@ -102,7 +102,7 @@ def _controllers(model: nn.Module) -> dict[str, Controller]:
     wrapped = {
         f"{name}.": control
         for name, module in model.named_modules()
-        if name and (control := find_controller(module)) is not None
+        if name and not hasattr(module, "_orig_mod") and (control := find_controller(module))
     }
     return wrapped if wrapped and find_controller(model) is None else {"": controller(model)}
 

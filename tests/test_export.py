@@ -580,6 +580,18 @@ def test_export_of_a_module_around_sparsified_models(sparsified, others, tmp_pat
         export(wrapper, (x,), tmp_path / "m.pt2")
 
 
+def test_export_of_a_module_around_a_compiled_model(tmp_path):
+    x = torch.randn(2, 3, 8, 8)
+    compiled = torch.compile(CNN(), backend="resu", options={"sparsity": 0.7})
+    compiled(x)
+    wrapper = Around(compiled)
+    report = resu_compile.export(wrapper, (x,), tmp_path / "m.pt2")
+    names = resu_compile.controller(compiled).masks
+    assert set(report.rewritten) == {f"models.0._orig_mod.{name}" for name in names}
+    program = resu_compile.load(tmp_path / "m.pt2", sparse_threshold=1.0)
+    torch.testing.assert_close(program(x), eager(compiled._orig_mod, x))  # not compiled
+
+
 def test_automatic_choice(saved):
     model, _, folder = saved  # its weights are too small to be worth a measurement
     program = load(folder / "sparse.pt2")
