@@ -73,7 +73,7 @@ def auto_shape(final: float) -> Shape:
     Args:
         final: s, the sparsity after the last cycle, in [0, 1).
     """
-    power = max(2.0, math.log2(final / (1.0 - final))) if final > 0.5 else 2.0
+    power = math.log2(final / (1.0 - final)) if final > 0.8 else 2.0
     return lambda t: 1.0 - (1.0 - t) ** power
 
 

@@ -34,22 +34,15 @@ SHAPES = [
     pytest.param((BLOCK + 1,), id="one past a block"),
 ]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
-IMPLS = [
-    pytest.param(zero_where_, id="op"),
-    pytest.param(
-        zero_where_triton,
-        id="triton",
-        marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"),
-    ),
-]
-TAKING = [
-    pytest.param(take_pruned_, id="op"),
-    pytest.param(
-        take_pruned_triton,
-        id="triton",
-        marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"),
-    ),
-]
+
+
+def impls(op, kernel):
+    needs = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+    return [pytest.param(op, id="op"), pytest.param(kernel, id="triton", marks=needs)]
+
+
+ZEROING = impls(zero_where_, zero_where_triton)
+TAKING = impls(take_pruned_, take_pruned_triton)
 
 shapes = st.lists(st.integers(0, 9), min_size=1, max_size=4).map(tuple)
 
@@ -94,7 +87,7 @@ def test_strides_do_not_matter():
 
 # -- zeroing ---------------------------------------------------------------------------------
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ZEROING)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_matches_reference(shape, dtype, impl, keep, device):
@@ -117,7 +110,7 @@ def test_the_two_sides_add_up(shape, keep, seed):
     assert_close(kept, zero_where_reference(x, bits, keep), **EXACT)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ZEROING)
 def test_nan_and_infinity_become_zero(impl, device):
     x = torch.tensor([torch.nan, torch.inf, -torch.inf, 1.0], device=device)
     impl(x, pack_mask(torch.tensor([False, False, False, True], device=device)), True)
@@ -135,7 +128,7 @@ def test_op_on_views(view, keep, device):
 
 
 @pytest.mark.parametrize("keep", [True, False])
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ZEROING)
 @pytest.mark.parametrize("numel", [1, 13, BLOCK - 1, BLOCK + 3])
 def test_writes_only_its_tensor(numel, impl, keep, device):
     buffer = torch.full((numel + 2 * BLOCK,), 7.0, device=device)
