@@ -260,7 +260,7 @@ def test_rehearsal_counts_theta_in_a_few_places():
     assert found == pytest.approx(spent / 180, rel=0.002)
     anywhere = rehearse(make_task(TASK, steps=60, seed=0), replace(config, scope="global"))
     # no more than all places of a layer train, however much of it is active
-    assert 0.9 * found < anywhere <= 1.001 * found
+    assert 0.9 * found < anywhere <= 1.002 * found
 
 
 def test_rehearsal_counts_hidden_theta():
