@@ -245,7 +245,7 @@ def test_equal_flops_are_spent(make_config, method):
 
 def test_rehearsal_counts_theta_in_a_few_places():
     """Of each RESU stage one step computes dense gradients, and all hold the places of theta."""
-    options = {"compile": False, "cycles": 3, "sparsity": 0.75, "warmup": 0.1}
+    options = {"compile": False, "cycles": 3, "sparsity": 0.75, "schedule": "cubic", "warmup": 0.1}
     theta = ResurrectionConfig(places=0.05, score="saliency", kind="ceiling")
     config = TrainingConfig(steps=60, scope="layer", resurrection=theta, **options)
     plan = build_plan(config)
@@ -260,7 +260,7 @@ def test_rehearsal_counts_theta_in_a_few_places():
     assert found == pytest.approx(spent / 180, rel=0.002)
     anywhere = rehearse(make_task(TASK, steps=60, seed=0), replace(config, scope="global"))
     # no more than all places of a layer train, however much of it is active
-    assert 0.9 * found < anywhere <= 1.002 * found
+    assert 0.9 * found < anywhere <= 1.001 * found
 
 
 def test_rehearsal_counts_hidden_theta():
