@@ -99,12 +99,12 @@ def _controllers(model: nn.Module) -> dict[str, Controller]:
     """What stands before the names of its weights -> controller, of ``model`` or what it wraps."""
     from resu_compile.runtime.controller import controller, find_controller
 
-    wrapped = {
-        f"{name}.": control
+    found = {
+        f"{name}." if name else "": control
         for name, module in model.named_modules()
-        if name and not hasattr(module, "_orig_mod") and (control := find_controller(module))
+        if not hasattr(module, "_orig_mod") and (control := find_controller(module))
     }
-    return wrapped if wrapped and find_controller(model) is None else {"": controller(model)}
+    return found or {"": controller(model)}  # which says what is missing
 
 
 def export_masked(

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from resu_compile.errors import ArgumentError
 from resu_compile.kernels._triton import HAS_TRITON, cdiv, jit, tl
+from resu_compile.kernels.row_fill import INTEGERS
 
 BLOCK = 1024  # elements per program: at 4 warps and 4 bytes, two 128-bit accesses per thread
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
 # -- reference -------------------------------------------------------------------------------
@@ -166,8 +166,9 @@ def take_pruned_(x: Tensor, bits: Tensor, out: Tensor) -> None:
         take_pruned_triton(x, bits, out)
         return
     mask = unpack_mask(bits, x.shape)
-    torch.mul(_as_integers(x), ~mask, out=_as_integers(out))
-    _as_integers(x).mul_(mask)
+    entries = _as_integers(x)
+    torch.mul(entries, ~mask, out=_as_integers(out))
+    entries.mul_(mask)
 
 
 @take_pruned_.register_fake
